@@ -4,12 +4,13 @@ A verb module has ``HELP`` (one line), ``add(parser)``, ``run(args) -> document 
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
 import signal
 import sys
-from typing import List, Optional
+from typing import Iterator, List, Optional, TextIO
 
 from pipeline_train.errors import RunFailed, UserError
 
@@ -44,18 +45,29 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    args = parser().parse_args(argv)
-    # Libraries (DeepSpeed first) write to stdout: keep a copy of it for the answer and send the rest to stderr.
+@contextlib.contextmanager
+def answer_stream() -> Iterator[TextIO]:
+    """The real stdout, for the answer alone: libraries (DeepSpeed first) write there too, and go to stderr meanwhile."""
+    sys.stdout.flush()
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    args.answer = answer
     try:
-        document = args.module.run(args)
-        if document is not None:
-            answer.write(json.dumps(document, ensure_ascii=False) if args.json else args.module.text(document))
-            answer.write("\n")
+        yield answer
         answer.flush()
+    finally:
+        sys.stdout.flush()
+        os.dup2(answer.fileno(), 1)
+        with contextlib.suppress(BrokenPipeError):
+            answer.close()
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        with answer_stream() as args.answer:
+            document = args.module.run(args)
+            if document is not None:
+                args.answer.write((json.dumps(document, ensure_ascii=False) if args.json else args.module.text(document)) + "\n")
         return 0
     except UserError as error:
         print("pipedock %s: %s" % (args.verb, error), file=sys.stderr)
@@ -66,8 +78,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         print("pipedock %s: interrupted" % args.verb, file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), answer.fileno())
+    except BrokenPipeError:  # the reader (head, less) has gone
         return 1
 
 

@@ -250,7 +250,7 @@ def _check_optim(config: RunConfig, where: str) -> None:
     optim = config.optim
     if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
         raise UserError("%s: optim.betas: expected two numbers in [0, 1), got %s" % (where, optim.betas))
-    limits = (("lr", optim.lr > 0), ("eps", optim.eps > 0), ("weight_decay", optim.weight_decay >= 0), ("clip", optim.clip > 0),
+    limits = (("lr", optim.lr > 0), ("eps", optim.eps > 0), ("weight_decay", optim.weight_decay >= 0), ("clip", optim.clip >= 0),
               ("warmup", optim.warmup >= 0), ("floor", 0 <= optim.floor <= 1))  # fmt: skip
     for key, fine in limits:
         if not fine:  # also false for nan

@@ -1,0 +1,89 @@
+"""The command itself: fast help, one JSON document, exit codes, no tracebacks."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import pipedock
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = [sys.executable, str(ROOT / "pipedock.py")]
+
+
+def call(*arguments, **options):
+    return subprocess.run(RUN + list(arguments), capture_output=True, text=True, timeout=60, **options)
+
+
+@pytest.mark.parametrize("arguments", [["-h"]] + [[verb, "-h"] for verb in pipedock.VERBS], ids=" ".join)
+def test_help_never_imports_a_heavy_library(arguments):
+    heavy = ("torch", "transformers", "deepspeed", "numpy", "starlette", "msgspec", "yaml")
+    code = "import sys, pipedock\ntry: pipedock.main(%r)\nexcept SystemExit as e: assert e.code == 0\n" % arguments
+    code += "print([m for m in %r if m in sys.modules], file=sys.stderr)" % (heavy,)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=str(ROOT))
+    assert done.stderr.strip() == "[]" and "usage: pipedock" in done.stdout
+
+
+def test_help_is_under_half_a_second():
+    """The best of five, so that a busy machine does not fail it."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert call("-h").returncode == 0
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5, times
+
+
+def test_help_lists_every_verb():
+    out = call("-h").stdout
+    assert all(verb in out for verb in pipedock.VERBS)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "the following arguments are required: VERB"),
+    (["fly"], "invalid choice: 'fly'"),
+    (["migrate"], "the following arguments are required: --config"),
+    (["migrate", "--config", "x", "--fast"], "unrecognized arguments: --fast"),
+])  # fmt: skip
+def test_wrong_words_are_one_line_and_exit_2(arguments, message):
+    done = call(*arguments)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""
+
+
+def fake(monkeypatch, run):
+    module = type(sys)("fake_verb")
+    module.HELP, module.add, module.run, module.text = "h", lambda parser: None, run, lambda document: "human %(a)s" % document
+    monkeypatch.setitem(sys.modules, "fake_verb", module)
+    monkeypatch.setattr(pipedock, "VERBS", {"fake": "fake_verb"})
+
+
+def test_json_is_exactly_one_document_whatever_libraries_print(monkeypatch, capfd):
+    def run(args):
+        print("library noise")
+        sys.stdout.flush()
+        subprocess.run(["echo", "noise of a child"])
+        return {"a": "é"}
+
+    fake(monkeypatch, run)
+    assert pipedock.main(["fake", "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out) == {"a": "é"} and "noise of a child" in err and "library noise" in err
+    assert pipedock.main(["fake"]) == 0
+    assert capfd.readouterr().out == "human é\n"
+    print("stdout is itself again")
+    assert capfd.readouterr().out == "stdout is itself again\n"
+
+
+@pytest.mark.parametrize("error, code", [(pipedock.UserError("what, where"), 2), (pipedock.RunFailed("it did not hold"), 1), (KeyboardInterrupt(), 130)])
+def test_exit_codes(monkeypatch, capfd, error, code):
+    def run(args):
+        raise error
+
+    fake(monkeypatch, run)
+    assert pipedock.main(["fake"]) == code
+    out, err = capfd.readouterr()
+    assert out == "" and err == "pipedock fake: %s\n" % (str(error) or "interrupted")

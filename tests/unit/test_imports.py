@@ -1,0 +1,107 @@
+"""The import rule of CONTRIBUTING.md, read from the syntax trees, and what a bare Python can still do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("pipeline_train", "export", "serve", "verbs")
+
+# Lowest first: a module may import its own row and the rows above it in this list.
+ROWS = [
+    {"errors"},
+    {"families", "manifest", "data.records", "data.template"},
+    {"config", "migrate"},
+    {"compat"},
+    {"models", "data", "plan"},
+    {"stages", "weights"},
+    {"engine", "checkpoint", "metrics"},
+    {"loop", "worker"},
+    {"launch"},
+]
+EXPORT_MAY = {"errors", "families", "manifest", "config", "models", "weights", "data.template"}
+SERVE_MAY = {"errors", "families", "manifest", "config", "data.template"}
+LIBRARIES = {  # library -> where it may be imported
+    "deepspeed": ("pipeline_train/compat.py", "pipeline_train/stages.py", "pipeline_train/engine.py", "serve/ds_generate.py"),
+    "transformers": ("pipeline_train/data/encode.py", "pipeline_train/selftest.py", "export/", "serve/embedded/", "serve/prove.py"),
+    "torch": ("pipeline_train/", "export/", "serve/embedded/", "serve/ds_generate.py"),
+    "docker": ("serve/",),
+}
+NO_TORCH = ("pipeline_train/families/", "pipeline_train/config.py", "pipeline_train/plan.py", "pipeline_train/data/", "pipeline_train/manifest.py",
+            "pipeline_train/launch.py", "pipeline_train/migrate.py", "export/naming.py")  # fmt: skip
+
+
+def files():
+    return sorted(p.relative_to(ROOT) for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
+
+
+def imported(path):
+    """Absolute dotted names a file imports, wherever in the file (relative ones resolved)."""
+    package = list(path.parts[:-1])
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join(base + ([node.module] if node.module else []))
+            for alias in node.names:
+                yield "%s.%s" % (stem, alias.name)
+
+
+def row_of(name):
+    """Row of a dotted name below pipeline_train, most specific match first."""
+    for depth in (2, 1):
+        key = ".".join(name.split(".")[:depth])
+        for number, row in enumerate(ROWS):
+            if key in row:
+                return number
+    return None
+
+
+def own(path):
+    return ".".join(path.with_suffix("").parts[1:]).replace(".__init__", "")
+
+
+def modules(names):
+    """The part of each imported name that is a module of pipeline_train."""
+    return [n[len("pipeline_train.") :] for n in names if n.startswith("pipeline_train.") and row_of(n[len("pipeline_train.") :]) is not None]
+
+
+@pytest.mark.parametrize("path", [p for p in files() if p.parts[0] == "pipeline_train" and own(p) != "__init__"], ids=str)
+def test_layers_point_down(path):
+    mine = row_of(own(path))
+    assert mine is not None, "%s has no row in the import rule; add it here and to CONTRIBUTING.md" % path
+    too_high = [n for n in modules(imported(path)) if row_of(n) > mine]
+    assert not too_high, "%s (row %d) imports %s" % (path, mine, too_high)
+    assert not [n for n in imported(path) if n.split(".")[0] in ("export", "serve", "verbs", "pipedock")]
+
+
+@pytest.mark.parametrize("path", [p for p in files() if p.parts[0] in ("export", "serve")], ids=str)
+def test_export_and_serve_stay_beside(path):
+    may, other = (EXPORT_MAY, "serve") if path.parts[0] == "export" else (SERVE_MAY, "export")
+    used = {n for n in modules(imported(path)) if not any(n == m or n.startswith(m + ".") for m in may)}
+    assert not used, "%s imports %s" % (path, used)
+    assert not [n for n in imported(path) if n.split(".")[0] in (other, "verbs", "pipedock")]
+
+
+@pytest.mark.parametrize("library", sorted(LIBRARIES))
+def test_libraries_stay_in_their_place(library):
+    users = [p.as_posix() for p in files() if any(n.split(".")[0] == library for n in imported(p))]
+    assert [u for u in users if not u.startswith(LIBRARIES[library])] == []
+
+
+def test_no_torch_where_planning_and_validation_live():
+    users = [p.as_posix() for p in files() if any(n.split(".")[0] == "torch" for n in imported(p))]
+    assert [u for u in users if u.startswith(NO_TORCH)] == []
+
+
+@pytest.mark.parametrize("module", ["pipeline_train.families", "pipeline_train.plan", "pipeline_train.manifest", "export.naming"])
+def test_runs_in_a_bare_venv(module):
+    """-S -I leaves only the standard library: no site-packages at all."""
+    code = "import sys; sys.path.insert(0, %r); import %s" % (str(ROOT), module)
+    done = subprocess.run([sys.executable, "-S", "-I", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
