@@ -1,0 +1,67 @@
+"""The model families, looked up by config.json. Standard library only, so that planning needs no GPU box.
+
+A new family is one file here, one of the same name in ``models/``, its name in the line below, and one row in ``tests/models.py``.
+"""
+
+import json
+import os
+from typing import Any, Dict
+
+from ..errors import UserError
+from . import bloom, llama
+from .base import ConfigReader, Dims, ModelFamily, ParamSlot, RopeScaling, ServingFacts
+
+FAMILIES = {family.name: family for family in (llama.FAMILY, bloom.FAMILY)}  # type: Dict[str, ModelFamily]
+
+__all__ = [
+    "FAMILIES",
+    "ConfigReader",
+    "Dims",
+    "ModelFamily",
+    "ParamSlot",
+    "RopeScaling",
+    "ServingFacts",
+    "dims_of",
+    "family_of",
+    "read_config",
+]
+
+
+def read_config(dir_or_file: str) -> Dict[str, Any]:
+    """The config.json of a model folder, or that file itself, as a dictionary. Raises UserError when absent or not JSON."""
+    path = os.fspath(dir_or_file)
+    if os.path.isdir(path):
+        path = os.path.join(path, "config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.loads(file.read(), parse_constant=_no_constant)
+    except FileNotFoundError:
+        raise UserError("%s: no such file. A model folder holds config.json, weights and tokenizer files." % path) from None
+    except OSError as error:
+        raise UserError("%s: cannot be read: %s" % (path, error.strerror)) from None
+    except ValueError as error:  # also UnicodeDecodeError
+        raise UserError("%s: not valid JSON: %s" % (path, error)) from None
+    if not isinstance(config, dict):
+        raise UserError("%s: expected a JSON object with model_type and sizes, found %s" % (path, type(config).__name__))
+    return config
+
+
+def family_of(config: Dict[str, Any]) -> ModelFamily:
+    """The family that ``model_type`` names. Raises UserError naming the supported ones."""
+    model_type = config.get("model_type")
+    for family in FAMILIES.values():
+        if family.model_type == model_type:
+            return family
+    known = ", ".join(family.model_type for family in FAMILIES.values())
+    if model_type is None:
+        raise UserError("config.json: model_type: missing; it names the model's family (supported: %s)" % known)
+    raise UserError("config.json: model_type: %r is not supported (supported: %s)" % (model_type, known))
+
+
+def dims_of(config: Dict[str, Any]) -> Dims:
+    """Every size and switch of the model. Raises UserError naming each key that is not implemented."""
+    return family_of(config).dims_from_hf(config)
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError("%s is not a number" % text)
