@@ -105,3 +105,9 @@ def test_runs_in_a_bare_venv(module):
     code = "import sys; sys.path.insert(0, %r); import %s" % (str(ROOT), module)
     done = subprocess.run([sys.executable, "-S", "-I", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", [Path("pipedock.py")] + [p for p in files() if p.parts[0] != "serve"], ids=str)
+def test_python_38_can_parse(path):
+    """The pinned stack is Python 3.8; feature_version refuses newer syntax."""
+    ast.parse((ROOT / path).read_text(encoding="utf-8"), feature_version=(3, 8))
