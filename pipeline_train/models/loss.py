@@ -31,7 +31,7 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> Tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: torch.Tensor) -> Tuple[torch.Tensor, None, None]:
         logits, wanted, learnt, *sums = ctx.saved_tensors
         grad = torch.empty_like(logits)
         factor = upstream.float() * ctx.scale

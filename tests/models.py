@@ -1,0 +1,102 @@
+"""Tiny random models for every test: a config dictionary, and the transformers folder made from it."""
+
+from pathlib import Path
+from typing import Any, Dict, NamedTuple, Union
+
+BASE = {
+    "llama": {
+        "model_type": "llama",
+        "vocab_size": 131,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "hidden_act": "silu",
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "bloom": {
+        "model_type": "bloom",
+        "vocab_size": 131,
+        "hidden_size": 48,
+        "n_layer": 3,
+        "n_head": 4,
+        "layer_norm_epsilon": 1e-5,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}  # type: Dict[str, Dict[str, Any]]
+
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+class Variant(NamedTuple):
+    """One row of the parity tests."""
+
+    name: str
+    family: str
+    overrides: Dict[str, Any]
+
+
+VARIANTS = [
+    Variant("llama-mha", "llama", {}),
+    Variant("llama-tied", "llama", {"tie_word_embeddings": True}),
+    Variant("llama-gqa", "llama", {"num_key_value_heads": 2}),
+    Variant("llama-mqa-tied", "llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    Variant("llama-theta", "llama", {"rope_theta": 100000.0, "num_attention_heads": 3, "num_key_value_heads": 1}),
+    Variant("llama-head-dim", "llama", {"head_dim": 20, "num_key_value_heads": 2}),
+    Variant("llama-rope-llama3", "llama", {"rope_scaling": LLAMA3_SCALING, "rope_theta": 500.0}),
+    Variant("llama-rope-linear", "llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    Variant("llama-attention-bias", "llama", {"attention_bias": True, "num_key_value_heads": 2}),
+    Variant("llama-mlp-bias", "llama", {"mlp_bias": True}),
+    Variant("bloom-4-heads", "bloom", {}),
+    Variant("bloom-untied", "bloom", {"tie_word_embeddings": False}),
+    Variant("bloom-3-heads", "bloom", {"n_head": 3}),
+    Variant("bloom-6-heads", "bloom", {"n_head": 6, "tie_word_embeddings": False}),
+    Variant("bloom-post-norm", "bloom", {"apply_residual_connection_post_layernorm": True}),
+]
+
+
+def tiny_config(family: str, **overrides: Any) -> Dict[str, Any]:
+    """A config.json dictionary of a model with about 100k parameters; ``overrides`` replace or add keys."""
+    return dict(BASE[family], **overrides)
+
+
+def make_hf(directory: Union[str, Path], config: Dict[str, Any], seed: int = 0, tokenizer: Any = None) -> Any:
+    """Save a random model of ``config`` as a transformers folder (safetensors, fp32) and return it in eval mode.
+
+    Every parameter is random and large enough to matter: a norm that is all ones or a bias that is all zeros would hide mistakes.
+    ``tokenizer`` (anything with save_pretrained) is saved beside it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(config)
+    made = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    model = AutoModelForCausalLM.from_config(made).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise * (1.0 if "embed" in name else 1.2 * parameter.shape[1] ** -0.5))
+            else:
+                parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
+    model.save_pretrained(str(directory), safe_serialization=True)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(directory))
+    return model
