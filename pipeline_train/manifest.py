@@ -22,7 +22,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 NAME = "manifest.json"
 
 # key -> what it must be; "step" and "run_name" are None in a from-hf folder
-KEYS = {
+KEYS: Dict[str, Any] = {
     "format": str, "kind": str, "family": str, "run_dtype": str, "layer_dtype": str, "tied": bool, "layers": int,
     "step": (int, type(None)), "files": dict, "versions": dict, "run_name": (str, type(None)),
 }  # fmt: skip
@@ -72,7 +72,8 @@ def read(folder: PathLike) -> Dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            "%s: no manifest.json, so this is not a complete checkpoint; name a run, one of its checkpoints or a from-hf folder" % folder
+            "%s: no manifest.json, so this is not a complete checkpoint; name a run, one of its checkpoints or a from-hf folder"
+            % folder
         ) from None
     except (OSError, ValueError) as error:
         raise UserError("%s: cannot be read (%s); use another checkpoint" % (path, error)) from None

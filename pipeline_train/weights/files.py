@@ -1,0 +1,188 @@
+"""Files of tensors, read one tensor at a time: .safetensors and PyTorch's .bin.
+
+The safetensors format (huggingface/safetensors, README "Format"): 8 bytes little-endian length n, n bytes of JSON
+{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}, then the data the offsets count from.
+It is read with plain reads, not mapped: a mapping keeps every page it touched resident, and a file that shrinks kills the process.
+"""
+
+import inspect
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any, BinaryIO, Dict, NamedTuple, Optional, Tuple
+
+import torch
+
+from ..errors import UserError
+
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+MAX_HEADER = 100_000_000  # the limit of the safetensors library
+
+
+class Entry(NamedTuple):
+    """What a file says about one tensor. ``dtype`` is the safetensors name ("F32", "BF16", ...)."""
+
+    dtype: str
+    shape: Tuple[int, ...]
+
+
+class SafetensorsFile:
+    """The header is read and checked at once, a tensor only when asked for. Raises UserError for a file that is not whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with open(str(path), "rb") as file:
+                header, self._data = _header(file, path)
+        except OSError as error:
+            raise UserError("%s: cannot be read: %s" % (path, error.strerror)) from None
+        header.pop("__metadata__", None)
+        self.entries: Dict[str, Entry] = {}
+        self._spans: Dict[str, Tuple[int, int]] = {}
+        end = 0
+        for name, item in header.items():
+            self.entries[name], self._spans[name] = _entry(name, item, path)
+            end = max(end, self._spans[name][1])
+        _check_end(path, self._data + end)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor of this file with memory of its own. Raises UserError for a dtype that is no weight's."""
+        entry = self.entries[name]
+        if entry.dtype not in TORCH_DTYPES:
+            raise wrong_dtype(self.path, name, entry.dtype)
+        begin, end = self._spans[name]
+        raw = torch.empty(end - begin, dtype=torch.uint8)
+        try:
+            with open(str(self.path), "rb", buffering=0) as file:
+                file.seek(self._data + begin)
+                _read_into(file, memoryview(raw.numpy()), self.path)  # type: ignore[arg-type]
+        except OSError as error:
+            raise UserError("%s: cannot be read: %s" % (self.path, error.strerror)) from None
+        return raw.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def close(self) -> None:
+        """Nothing is held between reads."""
+
+
+class BinFile:
+    """A pickled state dict, loaded without running code (weights_only) and mapped where this torch can.
+
+    ``close`` drops what is loaded; the next use loads it again. Raises UserError for anything that is not a dictionary of tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.mapped = "mmap" in inspect.signature(torch.load).parameters and _is_zip(path)
+        self._entries: Optional[Dict[str, Entry]] = None
+        self._state: Optional[Dict[str, torch.Tensor]] = None
+
+    @property
+    def entries(self) -> Dict[str, Entry]:
+        if self._entries is None:
+            self._entries = {
+                name: Entry(NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+                for name, tensor in self._load().items()
+            }
+        return self._entries
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self._load()[name].detach()
+        if tensor.dtype not in NAMES:
+            raise wrong_dtype(self.path, name, str(tensor.dtype))
+        if not self.mapped:
+            return tensor.contiguous()
+        tensor = tensor.clone()
+        self.close()  # a mapping keeps the pages it touched
+        return tensor
+
+    def close(self) -> None:
+        self._state = None
+
+    def _load(self) -> Dict[str, torch.Tensor]:
+        if self._state is None:
+            options: Dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+            if self.mapped:
+                options["mmap"] = True
+            try:
+                state = torch.load(str(self.path), **options)
+            except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+                reason = str(error).strip().split("\n")[0][:160]
+                raise UserError("%s: not a whole file of tensors: %s" % (self.path, reason or type(error).__name__)) from None
+            if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+                raise UserError("%s: not a state dict (expected a dictionary of tensors)" % self.path)
+            self._state = state
+        return self._state
+
+
+def open_file(path: Path) -> Any:
+    """SafetensorsFile or BinFile by the name's ending."""
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else BinFile(path)
+
+
+def wrong_dtype(path: Path, name: str, dtype: str) -> UserError:
+    return UserError(
+        "%s: %s: has dtype %s; weights must be fp32, bf16 or fp16 (a quantized model cannot be used here)" % (path, name, dtype)
+    )
+
+
+def _header(file: BinaryIO, path: Path) -> Tuple[Dict[str, Any], int]:
+    """(header, position of the data)."""
+    head = file.read(8)
+    size = int.from_bytes(head, "little")
+    total = os.fstat(file.fileno()).st_size
+    if head == b"version ":
+        raise UserError("%s: is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`" % path)
+    if len(head) < 8 or size > MAX_HEADER:
+        raise UserError("%s: not a safetensors file, or an empty one" % path)
+    if 8 + size > total:
+        raise UserError("%s: cut off: the header alone needs %d bytes, the file has %d; copy it again" % (path, 8 + size, total))
+    try:
+        header = json.loads(file.read(size).decode("utf-8"))
+    except ValueError:
+        raise UserError("%s: not a safetensors file: its header is not JSON" % path) from None
+    if not isinstance(header, dict):
+        raise UserError("%s: not a safetensors file: its header is not a JSON object" % path)
+    return header, 8 + size
+
+
+def _entry(name: str, item: Any, path: Path) -> Tuple[Entry, Tuple[int, int]]:
+    try:
+        dtype, shape, (begin, end) = str(item["dtype"]), tuple(int(n) for n in item["shape"]), item["data_offsets"]
+        count = 1
+        for n in shape:
+            count *= n
+        width = torch.empty(0, dtype=TORCH_DTYPES[dtype]).element_size() if dtype in TORCH_DTYPES else None
+        fine = 0 <= begin <= end and (width is None or end - begin == count * width)
+    except (KeyError, TypeError, ValueError):
+        fine = False
+    if not fine:
+        raise UserError("%s: header entry of %s is damaged; copy the file again" % (path, name))
+    return Entry(dtype, shape), (begin, end)
+
+
+def _check_end(path: Path, needed: int) -> None:
+    size = path.stat().st_size
+    if size < needed:
+        raise UserError("%s: cut off: its header promises %d bytes, the file has %d; copy it again" % (path, needed, size))
+    if size > needed:
+        raise UserError("%s: has %d bytes more than its header describes; copy it again" % (path, size - needed))
+
+
+def _read_into(file: BinaryIO, view: memoryview, path: Path) -> None:
+    done = 0
+    while done < len(view):
+        got = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not got:
+            raise UserError("%s: ended while it was read; was it changed?" % path)
+        done += got
+
+
+def _is_zip(path: Path) -> bool:
+    """Only torch's zip format (1.6 and later) can be mapped."""
+    try:
+        with open(str(path), "rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+    except OSError as error:
+        raise UserError("%s: cannot be read: %s" % (path, error.strerror)) from None

@@ -1,0 +1,76 @@
+"""The weight files of a Hugging Face folder, of any age: which there are and which keys they hold."""
+
+import json
+from pathlib import Path
+from typing import Any, Dict, Iterator, Tuple
+
+from ..errors import UserError
+from ..families import ModelFamily
+from .files import BinFile, open_file
+
+# As transformers looks for them, except that safetensors win over .bin in any form.
+CANDIDATES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def hf_keys(folder: Path, family: ModelFamily, wanted: Dict[str, Any]) -> Iterator[Tuple[str, Any, str]]:
+    """(HF name with the family's prefix, file, key in the file) of every tensor. Raises UserError for a broken index or file."""
+    name = next((c for c in CANDIDATES if (folder / c).is_file()), None)
+    if name is None:
+        hint = "; adapter_config.json says that it is a LoRA adapter: merge it into its base model first" \
+            if (folder / "adapter_config.json").exists() else ""  # fmt: skip
+        raise UserError("%s: no weights here (looked for %s)%s" % (folder, ", ".join(CANDIDATES), hint))
+    keys = _indexed(folder / name) if name.endswith(".json") else _single(folder / name)
+    for file, key in keys:
+        yield _with_prefix(key, family, wanted), file, key
+
+
+def _single(path: Path) -> Iterator[Tuple[Any, str]]:
+    file = open_file(path)
+    for key in file.entries:
+        yield file, key
+    file.close()
+
+
+def _indexed(path: Path) -> Iterator[Tuple[Any, str]]:
+    """Keys of the shards: from each safetensors header, for .bin (a shard may be 10 GB) from the index."""
+    index = _weight_map(path)
+    files = {name: _shard(path, name) for name in sorted(set(index.values()))}
+    for name, file in files.items():
+        promised = [key for key, shard in index.items() if shard == name]
+        if isinstance(file, BinFile):
+            keys = promised
+        else:
+            keys = list(file.entries)
+            absent = [key for key in promised if key not in file.entries]
+            if absent:
+                raise UserError("%s: %s is not in this file, although %s says so" % (file.path, absent[0], path.name))
+        for key in keys:
+            yield file, key
+
+
+def _weight_map(path: Path) -> Dict[str, str]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        fine = isinstance(index, dict) and index and all(isinstance(v, str) for v in index.values())
+    except OSError as error:
+        raise UserError("%s: cannot be read: %s" % (path, error.strerror)) from None
+    except (ValueError, KeyError, TypeError):
+        fine = False
+    if not fine:
+        raise UserError('%s: not an index of shards (expected JSON with "weight_map": {key: file})' % path)
+    return index
+
+
+def _shard(index: Path, name: str) -> Any:
+    if Path(name).name != name or name in ("", ".", "..") or "\\" in name or not name.endswith((".safetensors", ".bin")):
+        raise UserError("%s: names %r, which is not a weight file of this folder; the index is not to be trusted" % (index, name))
+    path = index.parent / name
+    if not path.is_file():
+        raise UserError("%s: names the shard %s, which is not there; the download is not complete" % (index, name))
+    return open_file(path)
+
+
+def _with_prefix(key: str, family: ModelFamily, wanted: Dict[str, Any]) -> str:
+    """Old files lack the prefix of the base model ("h.0..." for "transformer.h.0...")."""
+    longer = family.optional_prefix + key
+    return longer if key not in wanted and longer in wanted else key
