@@ -1,0 +1,35 @@
+# Shared by the scripts of this folder; sourced, never run. Callers have set -euo pipefail already.
+# shellcheck shell=bash
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${PIPEDOCK_VENV:-$ROOT/.venv}
+case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_DEFAULT_TIMEOUT=${PIP_DEFAULT_TIMEOUT:-60} PIP_RETRIES=${PIP_RETRIES:-3}
+
+say() { printf '%s\n' "$*" >&2; }
+
+fail() {
+  say "${0##*/}: $*"
+  exit 1
+}
+
+# tool NAME==VERSION COMMAND: a checker from the package registry, in a venv of its own beside pipedock's; sets TOOLS to its bin folder.
+tool() {
+  TOOLS=$VENV/tools/bin
+  [ -f "$VENV/tools/$1" ] && return
+  [ -x "$TOOLS/python" ] || "$VENV/bin/python" -m venv "$VENV/tools" || return 1
+  say "installing $1"
+  "$TOOLS/python" -m pip install --quiet --no-deps "$1" >&2 || return 1
+  touch "$VENV/tools/$1"
+}
+
+# as_root_install PACKAGE...: apt packages, where this machine lets us.
+apt_install() {
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
+  DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" >&2 && return
+  apt-get update >&2 && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" >&2
+}
+
+free_port() {
+  "${1:-python3}" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
