@@ -1,143 +1,14 @@
-"""run.yaml -> RunConfig. Every default of the product is written here, once; unknown keys are refused with the nearest match.
+"""run.yaml -> RunConfig: read, override, check. Imports msgspec and PyYAML only: a configuration is refused without torch."""
 
-Imports msgspec and PyYAML only: a configuration is read, and refused, without torch.
-"""
-
-import difflib
 from pathlib import Path
-from typing import Any, Dict, List, Literal, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import msgspec
 import yaml
-from msgspec import field
 
+from .config_reading import number_strings, plain, refuse_unknown
+from .config_schema import OWNED, RunConfig
 from .errors import UserError
-
-
-class Section(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """A section of run.yaml."""
-
-
-class Run(Section):
-    out: str
-    name: str = ""
-    seed: int = 42
-
-
-class Model(Section):
-    path: str
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    init: Literal["pretrained", "random"] = "pretrained"
-
-
-class Data(Section):
-    train: str
-    eval: Optional[str] = None
-    seq_len: Optional[int] = None
-    template: str = "auto"
-    pack: bool = True
-    on_bad: Literal["fail", "skip"] = "fail"
-    over_long: Literal["truncate", "drop", "fail"] = "truncate"
-
-
-class Parallel(Section):
-    pipe: int
-    data: int = 1
-    parts: Union[Literal["auto"], List[int]] = "auto"
-    recompute: Literal["none", "blocks"] = "none"
-    axes: List[str] = field(default_factory=lambda: ["pipe", "data"])
-    offload: bool = False
-
-
-class Batch(Section):
-    micro: int = 1
-    global_rows: Optional[int] = field(default=None, name="global")
-
-
-class LossScale(Section):
-    initial: int = 65536
-    window: int = 1000
-    hysteresis: int = 2
-    min: float = 1.0
-
-
-class Optim(Section):
-    type: Literal["adamw", "lion"] = "adamw"
-    lr: float = 1e-5
-    betas: List[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    warmup: int = 0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    floor: float = 0.1
-    loss_scale: LossScale = field(default_factory=LossScale)
-
-
-class Train(Section):
-    epochs: int = 1
-    max_steps: Optional[int] = None
-    save_every: Optional[int] = None  # None: at the end only
-    eval_every: Optional[int] = None  # None: at the end only
-    keep: int = 3
-    log_every: int = 1
-
-
-class Export(Section):
-    dir: str
-    target: Literal["hf"] = "hf"
-
-
-class Serve(Section):
-    engine: Literal["embedded", "tgi", "vllm"] = "embedded"
-    version: Optional[str] = None
-    shards: int = 1
-    port: int = 8082
-
-
-class RunConfig(Section):
-    run: Run
-    model: Model
-    data: Data
-    parallel: Parallel
-    batch: Batch = field(default_factory=Batch)
-    optim: Optim = field(default_factory=Optim)
-    train: Train = field(default_factory=Train)
-    deepspeed: Dict[str, Any] = field(default_factory=dict)
-    export: Optional[Export] = None
-    serve: Optional[Serve] = None
-
-    @property
-    def world(self) -> int:
-        """Processes (GPUs) of the run: pipe x data."""
-        return self.parallel.pipe * self.parallel.data
-
-    @property
-    def rows_per_step(self) -> int:
-        """Packed rows of one optimizer step over all data-parallel ranks."""
-        if self.batch.global_rows is not None:
-            return self.batch.global_rows
-        return self.batch.micro * self.parallel.data * 8
-
-    @property
-    def micro_batches(self) -> int:
-        """M, the micro-batches of one step on each data-parallel rank."""
-        return self.rows_per_step // (self.batch.micro * self.parallel.data)
-
-
-# DeepSpeed keys that are derived from ours: two places for one fact would let them disagree.
-OWNED = {
-    "train_batch_size": "batch.global",
-    "train_micro_batch_size_per_gpu": "batch.micro",
-    "gradient_accumulation_steps": "batch.global and batch.micro",
-    "fp16": "model.dtype and optim.loss_scale",
-    "bf16": "model.dtype",
-    "bfloat16": "model.dtype",
-    "gradient_clipping": "optim.clip",
-    "optimizer": "optim",
-    "scheduler": "optim.schedule",
-    "steps_per_print": "train.log_every",
-}
 
 
 def load(path: Union[str, Path], sets: Tuple[str, ...] = ()) -> RunConfig:
@@ -146,7 +17,7 @@ def load(path: Union[str, Path], sets: Tuple[str, ...] = ()) -> RunConfig:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError("%s: no such file. Write one (README, \"run.yaml\") or name it with --config." % path) from None
+        raise UserError('%s: no such file. Write one (README, "run.yaml") or name it with --config.' % path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("%s: cannot be read: %s" % (path, error)) from None
     except yaml.YAMLError as error:
@@ -160,11 +31,11 @@ def load(path: Union[str, Path], sets: Tuple[str, ...] = ()) -> RunConfig:
 
 def parse(raw: Dict[str, Any], where: str = "run.yaml") -> RunConfig:
     """A mapping -> a checked RunConfig; ``where`` names the file in messages."""
-    _refuse_unknown(raw, RunConfig, where, "")
+    refuse_unknown(raw, RunConfig, where, "")
     try:
-        config = msgspec.convert(_number_strings(raw, RunConfig), RunConfig)
+        config = msgspec.convert(number_strings(raw, RunConfig), RunConfig)
     except msgspec.ValidationError as error:
-        raise UserError("%s: %s" % (where, _plain(str(error)))) from None
+        raise UserError("%s: %s" % (where, plain(str(error)))) from None
     _check(config, where)
     return config
 
@@ -230,7 +101,8 @@ def _check_parallel(config: RunConfig, where: str) -> None:
     if parallel.parts != "auto":
         if len(parallel.parts) != parallel.pipe:
             raise UserError(
-                "%s: parallel.parts: has %d stages, parallel.pipe is %d. Make them equal." % (where, len(parallel.parts), parallel.pipe)
+                "%s: parallel.parts: has %d stages, parallel.pipe is %d. Make them equal."
+                % (where, len(parallel.parts), parallel.pipe)
             )
         if min(parallel.parts) < 1:
             raise UserError("%s: parallel.parts: stage %d is empty; every stage needs at least one layer."
@@ -273,65 +145,3 @@ def _apply_set(raw: Dict[str, Any], item: str) -> None:
             raise UserError("--set %s: %s is not a section" % (item, name))
         node = child
     node[names[-1]] = value
-
-
-def _struct_of(annotation: Any) -> Any:
-    """The Section behind an annotation such as Optional[Export], or None."""
-    options = getattr(annotation, "__args__", None) or (annotation,)
-    return next((o for o in options if isinstance(o, type) and issubclass(o, msgspec.Struct)), None)
-
-
-def _fields(struct: Any) -> Dict[str, Any]:
-    """Key in the file -> annotation."""
-    hints = {}
-    for base in reversed(struct.__mro__):
-        hints.update(getattr(base, "__annotations__", {}))
-    return {outer: hints[inner] for outer, inner in zip(struct.__struct_encode_fields__, struct.__struct_fields__)}
-
-
-def _refuse_unknown(raw: Any, struct: Any, where: str, prefix: str) -> None:
-    if not isinstance(raw, dict):
-        return  # msgspec says what was expected
-    known = _fields(struct)
-    for key, value in raw.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), list(known), 1)
-            hint = 'Did you mean "%s"?' % near[0] if near else "Known here: %s." % ", ".join(known)
-            raise UserError("%s: %s%s: unknown key. %s" % (where, prefix, key, hint))
-        child = _struct_of(known[key])
-        if child is not None:
-            _refuse_unknown(value, child, where, "%s%s." % (prefix, key))
-
-
-def _number_strings(raw: Any, struct: Any) -> Any:
-    """YAML 1.1 reads 1e-5 as a string; where a float belongs, take it as the number that was meant."""
-    if not isinstance(raw, dict):
-        return raw
-    known, out = _fields(struct), dict(raw)
-    for key, value in raw.items():
-        annotation = known.get(key)
-        child = _struct_of(annotation)
-        if child is not None:
-            out[key] = _number_strings(value, child)
-        elif annotation is float:
-            out[key] = _as_number(value)
-        elif annotation == List[float] and isinstance(value, list):
-            out[key] = [_as_number(v) for v in value]
-    return out
-
-
-def _as_number(value: Any) -> Any:
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _plain(message: str) -> str:
-    """msgspec's "Expected `int`, got `str` - at `$.a.b`" -> "a.b: expected int, got str"."""
-    text, _, place = message.replace("`", "").partition(" - at $.")
-    text = text[0].lower() + text[1:]
-    if text.startswith("object missing required field "):
-        name = text.rsplit(" ", 1)[1]
-        return "%s: missing. It has no default." % (place + "." + name if place else name)
-    return "%s: %s" % (place, text) if place else text

@@ -50,7 +50,9 @@ class Old:
     def need(self, path: str, kind: type) -> Any:
         value = self.take(path)
         if not isinstance(value, kind):
-            raise UserError("%s: %s: expected %s, got %r; is this a gdGPT training config?" % (self.where, path, kind.__name__, value))
+            raise UserError(
+                "%s: %s: expected %s, got %r; is this a gdGPT training config?" % (self.where, path, kind.__name__, value)
+            )
         return value
 
     def number(self, path: str, default: float) -> float:
@@ -134,8 +136,8 @@ def _model(old: Old) -> Dict[str, Any]:
     fp16, bf16 = old.take("fp16.enabled", False), old.take("bf16.enabled", False)
     dtype = "fp16" if fp16 else "bf16" if bf16 else "fp32"
     path = old.need("model_path", str)
-    old.note("model_path", "gdGPT's converted pipeline weights are not read: point model.path at the Hugging Face folder or hub name "
-             "they came from")  # fmt: skip
+    old.note("model_path", "gdGPT's converted pipeline weights are not read: point model.path at the Hugging Face "
+                           "folder or hub name they came from")  # fmt: skip
     return {"path": path, "dtype": dtype, "init": "random" if scratch else "pretrained"}
 
 
@@ -167,7 +169,9 @@ def _optim(old: Old) -> Dict[str, Any]:
     out["clip"] = old.number("gradient_clipping", 0.0)
     keywords = old.take("optimizer.no_wd_kws", [])
     if set(keywords) != NORM_KEYWORDS:
-        old.note("optimizer.no_wd_kws", "%s: pipedock leaves biases and norm weights undecayed, nothing else" % (keywords or "absent"))
+        old.note(
+            "optimizer.no_wd_kws", "%s: pipedock leaves biases and norm weights undecayed, nothing else" % (keywords or "absent")
+        )
     out.update(_schedule(old, lr))
     if old.take("fp16.enabled", False):
         out["loss_scale"] = {
@@ -179,7 +183,9 @@ def _optim(old: Old) -> Dict[str, Any]:
         if old.number("fp16.loss_scale", 0):
             old.note("fp16.loss_scale", "a fixed scale became the dynamic one")
     else:
-        old.taken.update("fp16." + k for k in ("initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale", "loss_scale"))
+        old.taken.update(
+            "fp16." + k for k in ("initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale", "loss_scale")
+        )
     return out
 
 

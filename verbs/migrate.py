@@ -9,7 +9,9 @@ HELP = "gdGPT's ds_config_pp.json or .yml -> run.yaml, saying what could not be 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="the old config, JSON or YAML")
-    parser.add_argument("--output", default="run.yaml", metavar="FILE", help="where to write (default: run.yaml); never overwritten")
+    parser.add_argument(
+        "--output", default="run.yaml", metavar="FILE", help="where to write (default: run.yaml); never overwritten"
+    )
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:

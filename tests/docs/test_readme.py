@@ -13,7 +13,11 @@ from tests.tokenizers import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ELSEWHERE = {"run by: the demo lane": "ci/demo.sh", "run by: the test lane": "ci/test.sh", "run by: the containers lane": "docker compose"}
+ELSEWHERE = {
+    "run by: the demo lane": "ci/demo.sh",
+    "run by: the test lane": "ci/test.sh",
+    "run by: the containers lane": "docker compose",
+}
 
 
 def test_blocks_left_to_other_lanes_are_few_and_real():
@@ -30,7 +34,12 @@ def test_every_other_block_runs_in_order(tmp_path):
     model = tmp_path / "models" / "my-llama"
     tokenizer = tiny_tokenizer(model)
     make_hf(model, tiny_config("llama", vocab_size=len(tokenizer)), tokenizer=tokenizer)
-    env = dict(os.environ, PATH="%s:%s" % (Path(sys.executable).parent, os.environ["PATH"]), XDG_RUNTIME_DIR=str(tmp_path), OMP_NUM_THREADS="1")
+    env = dict(
+        os.environ,
+        PATH="%s:%s" % (Path(sys.executable).parent, os.environ["PATH"]),
+        XDG_RUNTIME_DIR=str(tmp_path),
+        OMP_NUM_THREADS="1",
+    )
     seen = []
     try:
         for block in blocks(README):

@@ -78,7 +78,9 @@ def test_json_is_exactly_one_document_whatever_libraries_print(monkeypatch, capf
     assert capfd.readouterr().out == "stdout is itself again\n"
 
 
-@pytest.mark.parametrize("error, code", [(pipedock.UserError("what, where"), 2), (pipedock.RunFailed("it did not hold"), 1), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(
+    "error, code", [(pipedock.UserError("what, where"), 2), (pipedock.RunFailed("it did not hold"), 1), (KeyboardInterrupt(), 130)]
+)
 def test_exit_codes(monkeypatch, capfd, error, code):
     def run(args):
         raise error

@@ -58,8 +58,8 @@ serve:    {engine: tgi, version: "3.3", shards: 2, port: 8082}
         ({"parallel": {"parts": [1, 2, 3]}}, "parallel.parts: has 3 stages, parallel.pipe is 2. Make them equal."),
         ({"parallel": {"parts": [4, 0]}}, "parallel.parts: stage 1 is empty; every stage needs at least one layer."),
         ({"parallel": {"axes": ["pipe", "model"]}}, "parallel.axes: expected [pipe, data] or [data, pipe]"),
-        ({"batch": {"micro": 4, "global": 10}}, "batch.global: 10 rows cannot be split into micro-batches of 4 on 1 data-parallel ranks; "
-                                                "use a multiple of 4, such as 8."),
+        ({"batch": {"micro": 4, "global": 10}}, "batch.global: 10 rows cannot be split into micro-batches of 4 on "
+                                                "1 data-parallel ranks; use a multiple of 4, such as 8."),
         ({"deepspeed": {"gradient_clipping": 1}}, "deepspeed.gradient_clipping: is set from optim.clip"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "stage 0 or 1"),
         ({"model": "m"}, "model: expected object, got str"),

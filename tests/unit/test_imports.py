@@ -14,7 +14,7 @@ PACKAGES = ("pipeline_train", "export", "serve", "verbs")
 ROWS = [
     {"errors"},
     {"families", "manifest", "data.records", "data.template"},
-    {"config", "migrate"},
+    {"config", "config_reading", "config_schema", "migrate"},
     {"compat"},
     {"models", "data", "plan"},
     {"stages", "weights"},
@@ -68,7 +68,11 @@ def own(path):
 
 def modules(names):
     """The part of each imported name that is a module of pipeline_train."""
-    return [n[len("pipeline_train.") :] for n in names if n.startswith("pipeline_train.") and row_of(n[len("pipeline_train.") :]) is not None]
+    return [
+        n[len("pipeline_train.") :]
+        for n in names
+        if n.startswith("pipeline_train.") and row_of(n[len("pipeline_train.") :]) is not None
+    ]
 
 
 @pytest.mark.parametrize("path", [p for p in files() if p.parts[0] == "pipeline_train" and own(p) != "__init__"], ids=str)

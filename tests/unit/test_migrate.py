@@ -55,7 +55,12 @@ def test_every_key_of_the_ancestor_arrives():
     assert (new.optim.clip, new.optim.schedule, new.optim.warmup, new.optim.floor) == (2.0, "cosine", 100, 0.2)
     scale = new.optim.loss_scale
     assert (new.model.dtype, scale.initial, scale.window, scale.hysteresis, scale.min) == ("fp16", 4096, 500, 3, 2.0)
-    assert (new.run.out, new.model.init, new.data.train, new.data.seq_len) == ("./checkpoints/", "pretrained", "./dataset.json", 1024)
+    assert (new.run.out, new.model.init, new.data.train, new.data.seq_len) == (
+        "./checkpoints/",
+        "pretrained",
+        "./dataset.json",
+        1024,
+    )
     assert (new.train.epochs, new.train.log_every, new.data.pack, new.data.template) == (3, 20, False, "default")
     assert new.deepspeed == {"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}
     assert lost == []

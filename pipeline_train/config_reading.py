@@ -1,0 +1,71 @@
+"""Mappings against msgspec structs, with messages a user can act on: unknown keys by name, YAML's string floats, plain words."""
+
+import difflib
+from typing import Any, Dict, List
+
+import msgspec
+
+from .errors import UserError
+
+
+def _struct_of(annotation: Any) -> Any:
+    """The Section behind an annotation such as Optional[Export], or None."""
+    options = getattr(annotation, "__args__", None) or (annotation,)
+    return next((o for o in options if isinstance(o, type) and issubclass(o, msgspec.Struct)), None)
+
+
+def _fields(struct: Any) -> Dict[str, Any]:
+    """Key in the file -> annotation."""
+    hints = {}
+    for base in reversed(struct.__mro__):
+        hints.update(getattr(base, "__annotations__", {}))
+    return {outer: hints[inner] for outer, inner in zip(struct.__struct_encode_fields__, struct.__struct_fields__)}
+
+
+def refuse_unknown(raw: Any, struct: Any, where: str, prefix: str) -> None:
+    """Raise UserError for the first key at any depth that the struct does not have, with the nearest match."""
+    if not isinstance(raw, dict):
+        return  # msgspec says what was expected
+    known = _fields(struct)
+    for key, value in raw.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), list(known), 1)
+            hint = 'Did you mean "%s"?' % near[0] if near else "Known here: %s." % ", ".join(known)
+            raise UserError("%s: %s%s: unknown key. %s" % (where, prefix, key, hint))
+        child = _struct_of(known[key])
+        if child is not None:
+            refuse_unknown(value, child, where, "%s%s." % (prefix, key))
+
+
+def number_strings(raw: Any, struct: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as a string; where a float belongs, take it as the number that was meant."""
+    if not isinstance(raw, dict):
+        return raw
+    known, out = _fields(struct), dict(raw)
+    for key, value in raw.items():
+        annotation = known.get(key)
+        child = _struct_of(annotation)
+        if child is not None:
+            out[key] = number_strings(value, child)
+        elif annotation is float:
+            out[key] = _as_number(value)
+        elif annotation == List[float] and isinstance(value, list):
+            out[key] = [_as_number(v) for v in value]
+    return out
+
+
+def _as_number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def plain(message: str) -> str:
+    """msgspec's "Expected `int`, got `str` - at `$.a.b`" -> "a.b: expected int, got str"."""
+    text, _, place = message.replace("`", "").partition(" - at $.")
+    text = text[0].lower() + text[1:]
+    if text.startswith("object missing required field "):
+        name = text.rsplit(" ", 1)[1]
+        return "%s: missing. It has no default." % (place + "." + name if place else name)
+    return "%s: %s" % (place, text) if place else text
