@@ -16,7 +16,7 @@ def _struct_of(annotation: Any) -> Any:
 
 def _fields(struct: Any) -> Dict[str, Any]:
     """Key in the file -> annotation."""
-    hints = {}
+    hints = {}  # type: Dict[str, Any]
     for base in reversed(struct.__mro__):
         hints.update(getattr(base, "__annotations__", {}))
     return {outer: hints[inner] for outer, inner in zip(struct.__struct_encode_fields__, struct.__struct_fields__)}
