@@ -62,7 +62,7 @@ class Dims:
         return self.q_size + 2 * self.kv_size
 
     def kind_of(self, layer: int) -> str:
-        """"embed", "block" or "head" for a layer index in [0, layers)."""
+        """ "embed", "block" or "head" for a layer index in [0, layers)."""
         if not 0 <= layer < self.layers:
             raise IndexError("layer %d of %d" % (layer, self.layers))
         return "embed" if layer == 0 else "head" if layer == self.layers - 1 else "block"
@@ -103,6 +103,7 @@ class ModelFamily:
     optional_prefix: str  # a prefix that old files lack ("transformer." for bloom, "" for none)
     facts: ServingFacts
     architecture: str = ""  # the transformers class name written into an export's config.json
+    exports_tied_head: bool = False  # an export carries the head's own copy even when tied (servers of the family look for it)
 
     def layer_slots(self, dims: Dims, layer: int) -> List[ParamSlot]:
         """The parameters of one pipeline layer, in state_dict order."""
@@ -168,8 +169,7 @@ class ConfigReader:
         value = self.get(key)
         if value is not None and value not in allowed:
             raise UserError(
-                "%s: %s: %r is not implemented (implemented: %s)"
-                % (self.where, key, value, ", ".join(repr(a) for a in allowed))
+                "%s: %s: %r is not implemented (implemented: %s)" % (self.where, key, value, ", ".join(repr(a) for a in allowed))
             )
 
     def finish(self, harmless: FrozenSet[str]) -> None:

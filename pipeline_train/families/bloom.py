@@ -69,6 +69,7 @@ FAMILY = ModelFamily(
     name="bloom",
     model_type="bloom",
     architecture="BloomForCausalLM",
+    exports_tied_head=True,
     slots=(
         ParamSlot("embed", "word_embeddings.weight", "transformer.word_embeddings.weight", ("vocab", "hidden")),
         *_affine("embed", "transformer.", "word_embeddings_layernorm", "hidden"),

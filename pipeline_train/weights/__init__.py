@@ -9,6 +9,7 @@ ignorable keys. Kinds of source:
 """
 
 import re
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -71,7 +72,7 @@ class Source:
         return sorted(self._places)
 
     def check(self) -> None:
-        """Every key is there, none is extra, shapes and dtypes are right; reads no weights. Raises UserError naming what is wrong."""
+        """Every key is there, none is extra, shapes and dtypes are right; reads no weights. Raises UserError naming what is not."""
         missing = [
             key for key, (layer, slot) in self._wanted.items() if key not in self._places and not self._is_tied_head(layer, slot)
         ]
@@ -94,15 +95,17 @@ class Source:
     def tensor(self, layer: int, name: str) -> torch.Tensor:
         """One parameter in its own dtype. Raises UserError; RunFailed when a checkpoint's tied copies differ."""
         place = self._place(layer, name)
-        tensor = self._read(place)
-        expected = self._slot(layer, name).size(self.dims)
-        if tuple(tensor.shape) != expected:
-            raise UserError("%s: %s is %s, expected %s" % (place.file.path, place.key, list(tensor.shape), list(expected)))
-        if self._is_tied_head(layer, self._slot(layer, name)) and place.id != self._embedding().id:
-            embedding = self._embedding()
-            if not same_bits(tensor, self._read(embedding)):
-                raise self._untrue(place, embedding)
+        tensor = self._file(place).read(place.key)
+        self._check_shape(place, tuple(tensor.shape))
+        if self._is_tied_head(layer, self._slot(layer, name)):
+            self.check_tied()
         return tensor
+
+    def pieces(self, layer: int, name: str) -> Iterator[torch.Tensor]:
+        """The same values, flat, 64 MiB at a time. Compares no tied copies: ``check_tied`` does."""
+        place = self._place(layer, name)
+        self._check_shape(place, self._entry_of(place).shape)
+        return self._file(place).pieces(place.key)
 
     def layer(self, layer: int) -> Dict[str, torch.Tensor]:
         """The parameters of one pipeline layer: {slot name: tensor in its own dtype}, exactly the layer's slots in their order.
@@ -112,9 +115,13 @@ class Source:
         return {slot.name: self.tensor(layer, slot.name) for slot in self.family.layer_slots(self.dims, layer)}
 
     def check_tied(self) -> None:
-        """Compare the tied copies, if this source has two. Raises as ``tensor`` does."""
-        if self.dims.tied:
-            self.tensor(self.dims.layers - 1, self._head_slot().name)
+        """Compare the tied copies, if this source has two. Raises UserError; RunFailed when it is a checkpoint."""
+        head, embedding = self._place(self.dims.layers - 1, self._tied_slot(1).name), self._place(0, self._tied_slot(0).name)
+        if not self.dims.tied or head == embedding:
+            return
+        pairs = zip_longest(self._file(head).pieces(head.key), self._file(embedding).pieces(embedding.key))
+        if not all(a is not None and b is not None and same_bits(a, b) for a, b in pairs):
+            raise self._untrue(head, embedding)
 
     def _check_manifest(self, document: Dict[str, Any]) -> None:
         for key, found in (("family", self.family.name), ("layers", self.dims.layers), ("tied", self.dims.tied)):
@@ -138,32 +145,34 @@ class Source:
     def _slot(self, layer: int, name: str) -> ParamSlot:
         return next(s for s in self.family.layer_slots(self.dims, layer) if s.name == name)
 
-    def _head_slot(self) -> ParamSlot:
-        return next(s for s in self.family.slots if s.hf == self.family.tied[1])
+    def _tied_slot(self, which: int) -> ParamSlot:
+        """The embedding's (0) or the head's (1) slot of the pair that is tied when ``dims.tied``."""
+        return next(s for s in self.family.slots if s.hf == self.family.tied[which])
 
     def _is_tied_head(self, layer: int, slot: ParamSlot) -> bool:
         """A head that may have no copy of its own (layer files always have one, but it must be equal)."""
         return self.dims.tied and slot.hf == self.family.tied[1]
 
-    def _embedding(self) -> Place:
-        slot = next(s for s in self.family.slots if s.hf == self.family.tied[0])
-        return self._place(0, slot.name)
-
     def _place(self, layer: int, name: str) -> Place:
         slot = self._slot(layer, name)
         place = self._places.get(self._id(layer, slot))
         if place is None and self._is_tied_head(layer, slot):
-            return self._embedding()
+            return self._place(0, self._tied_slot(0).name)
         if place is None:
             raise UserError("%s: the weights do not match config.json: 1 missing: %s" % (self.folder, self._id(layer, slot)))
         return place
 
-    def _read(self, place: Place) -> torch.Tensor:
+    def _file(self, place: Place) -> Any:
         """One file is open at a time: an unmapped .bin shard is as large in memory as on disk."""
         if self._open is not None and self._open is not place.file:
             self._open.close()
         self._open = place.file
-        return place.file.read(place.key)
+        return place.file
+
+    def _check_shape(self, place: Place, shape: Tuple[int, ...]) -> None:
+        layer, slot = self._wanted[place.id]
+        if shape != slot.size(self.dims):
+            raise UserError("%s: %s is %s, expected %s" % (place.file.path, place.key, list(shape), list(slot.size(self.dims))))
 
     def _entry_of(self, place: Place) -> Entry:
         entry = place.file.entries.get(place.key)

@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, NamedTuple, Optional, Tuple
+from typing import Any, BinaryIO, Dict, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -18,6 +18,7 @@ from ..errors import UserError
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+PIECE = 64 * 2**20  # bytes of one read where a whole tensor need not be in memory
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
@@ -49,10 +50,19 @@ class SafetensorsFile:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of this file with memory of its own. Raises UserError for a dtype that is no weight's."""
-        entry = self.entries[name]
-        if entry.dtype not in TORCH_DTYPES:
-            raise wrong_dtype(self.path, name, entry.dtype)
         begin, end = self._spans[name]
+        return self._read(name, begin, end).reshape(self.entries[name].shape)
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """The same values, flat, in pieces of at most PIECE bytes."""
+        begin, end = self._spans[name]
+        for start in range(begin, end, PIECE):
+            yield self._read(name, start, min(start + PIECE, end))
+
+    def _read(self, name: str, begin: int, end: int) -> torch.Tensor:
+        dtype = self.entries[name].dtype
+        if dtype not in TORCH_DTYPES:
+            raise wrong_dtype(self.path, name, dtype)
         raw = torch.empty(end - begin, dtype=torch.uint8)
         try:
             with open(str(self.path), "rb", buffering=0) as file:
@@ -60,7 +70,7 @@ class SafetensorsFile:
                 _read_into(file, memoryview(raw.numpy()), self.path)  # type: ignore[arg-type]
         except OSError as error:
             raise UserError("%s: cannot be read: %s" % (self.path, error.strerror)) from None
-        return raw.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+        return raw.view(TORCH_DTYPES[dtype])
 
     def close(self) -> None:
         """Nothing is held between reads."""
@@ -88,13 +98,21 @@ class BinFile:
         return self._entries
 
     def read(self, name: str) -> torch.Tensor:
+        tensor = self._tensor(name)
+        return tensor.clone() if self.mapped else tensor.contiguous()
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        flat = self._tensor(name).reshape(-1)
+        step = PIECE // flat.element_size()
+        for start in range(0, flat.numel(), step):
+            yield flat[start : start + step].clone()
+
+    def _tensor(self, name: str) -> torch.Tensor:
         tensor = self._load()[name].detach()
         if tensor.dtype not in NAMES:
             raise wrong_dtype(self.path, name, str(tensor.dtype))
-        if not self.mapped:
-            return tensor.contiguous()
-        tensor = tensor.clone()
-        self.close()  # a mapping keeps the pages it touched
+        if self.mapped:
+            self.close()  # the mapping lives as long as this tensor: it keeps the pages it touched
         return tensor
 
     def close(self) -> None:

@@ -1,0 +1,91 @@
+"""Everything beside the weights: config.json, generation config, tokenizer files, chat template. Standard library only."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Dict, List
+
+from pipeline_train.errors import UserError
+from pipeline_train.families import Dims, ModelFamily
+
+PATTERNS = (
+    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "generation_config.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+TEMPLATE_FOLDER = "additional_chat_templates"  # named templates, as transformers 4.5x writes them
+TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def names(folder: Path) -> List[str]:
+    """The sidecar files of a folder, but no GGUF that calls itself tokenizer.model: transformers saves the whole 98 MB
+    model under that name when the tokenizer came out of one."""
+    found = sorted({p.name for pattern in PATTERNS for p in folder.glob(pattern) if p.is_file()})
+    return [name for name in found if not (name == "tokenizer.model" and _is_gguf(folder / name))]
+
+
+def copy(source: Path, target: Path) -> List[str]:
+    """Copy them, byte for byte. Returns their names. Raises UserError when one cannot be read."""
+    copied = names(source)
+    try:
+        for name in copied:
+            shutil.copyfile(str(source / name), str(target / name))
+        if (source / TEMPLATE_FOLDER).is_dir():
+            shutil.copytree(str(source / TEMPLATE_FOLDER), str(target / TEMPLATE_FOLDER))
+    except shutil.Error as error:
+        raise UserError("%s: cannot be copied: %s" % (source, error)) from None
+    return copied
+
+
+def export_config(config: Dict[str, Any], family: ModelFamily, dims: Dims, dtype: str) -> Dict[str, Any]:
+    """config.json of an export: the model's own, with class, tying and dtype ("F32", "BF16", "F16") made true.
+
+    A file of transformers 5 names the rotary base in rope_parameters only; 4 would silently use 10000, so both spellings go in.
+    """
+    out = dict(config)
+    out["architectures"] = [family.architecture]
+    out["tie_word_embeddings"] = dims.tied
+    out["torch_dtype"] = TORCH_NAMES[dtype]  # the spelling that every version reads
+    if "dtype" in out:
+        out["dtype"] = TORCH_NAMES[dtype]
+    rope = config.get("rope_parameters")
+    if rope:
+        out["rope_theta"] = dims.rope_theta
+        if dims.rope_scaling is not None:
+            out["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return out
+
+
+def finish(folder: Path, config: Dict[str, Any]) -> None:
+    """Write config.json; a generation config where there is none; the chat template into tokenizer_config.json too.
+
+    chat_template.jinja is what transformers reads first, tokenizer_config.json all that TGI 3.3 reads: they must agree.
+    """
+    write_json(folder / "config.json", config)
+    if not (folder / "generation_config.json").exists():
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+        write_json(folder / "generation_config.json", dict(ids, _from_model_config=True))
+    jinja, tokenizer = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if jinja.exists() and tokenizer.exists():
+        settings = read_json(tokenizer)
+        template = jinja.read_text(encoding="utf-8")
+        if settings.get("chat_template") != template:
+            write_json(tokenizer, dict(settings, chat_template=template))
+
+
+def read_json(path: Path) -> Dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError("%s: cannot be read: %s" % (path, error)) from None
+    if not isinstance(document, dict):
+        raise UserError("%s: expected a JSON object" % path)
+    return document
+
+
+def write_json(path: Path, document: Dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _is_gguf(path: Path) -> bool:
+    with open(str(path), "rb") as file:
+        return file.read(4) == b"GGUF"
