@@ -1,7 +1,7 @@
 """Tiny random models for every test: a config dictionary, and the transformers folder made from it."""
 
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 BASE = {
     "llama": {
@@ -45,24 +45,25 @@ LLAMA3_SCALING = {
 
 
 class Variant(NamedTuple):
-    """One row of the parity tests."""
+    """One row of the parity tests. ``since``: the first transformers that computes it (older ones ignore the key)."""
 
     name: str
     family: str
     overrides: Dict[str, Any]
+    since: Tuple[int, int] = (4, 28)
 
 
 VARIANTS = [
     Variant("llama-mha", "llama", {}),
     Variant("llama-tied", "llama", {"tie_word_embeddings": True}),
-    Variant("llama-gqa", "llama", {"num_key_value_heads": 2}),
-    Variant("llama-mqa-tied", "llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
-    Variant("llama-theta", "llama", {"rope_theta": 100000.0, "num_attention_heads": 3, "num_key_value_heads": 1}),
-    Variant("llama-head-dim", "llama", {"head_dim": 20, "num_key_value_heads": 2}),
-    Variant("llama-rope-llama3", "llama", {"rope_scaling": LLAMA3_SCALING, "rope_theta": 500.0}),
-    Variant("llama-rope-linear", "llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
-    Variant("llama-attention-bias", "llama", {"attention_bias": True, "num_key_value_heads": 2}),
-    Variant("llama-mlp-bias", "llama", {"mlp_bias": True}),
+    Variant("llama-gqa", "llama", {"num_key_value_heads": 2}, (4, 31)),
+    Variant("llama-mqa-tied", "llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}, (4, 31)),
+    Variant("llama-theta", "llama", {"rope_theta": 100000.0, "num_attention_heads": 3, "num_key_value_heads": 1}, (4, 33)),
+    Variant("llama-head-dim", "llama", {"head_dim": 20, "num_key_value_heads": 2}, (4, 45)),
+    Variant("llama-rope-llama3", "llama", {"rope_scaling": LLAMA3_SCALING, "rope_theta": 500.0}, (4, 43)),
+    Variant("llama-rope-linear", "llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, (4, 43)),
+    Variant("llama-attention-bias", "llama", {"attention_bias": True, "num_key_value_heads": 2}, (4, 35)),
+    Variant("llama-mlp-bias", "llama", {"mlp_bias": True}, (4, 41)),
     Variant("bloom-4-heads", "bloom", {}),
     Variant("bloom-untied", "bloom", {"tie_word_embeddings": False}),
     Variant("bloom-3-heads", "bloom", {"n_head": 3}),
@@ -100,3 +101,27 @@ def make_hf(directory: Union[str, Path], config: Dict[str, Any], seed: int = 0, 
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
     return model
+
+
+def our_layers(model: Any, config: Optional[Dict[str, Any]] = None) -> Tuple[Any, List[Any]]:
+    """A transformers model -> (Dims, our layers with copies of its weights), without going through files."""
+    from pipeline_train import families, models
+
+    config = model.config.to_dict() if config is None else config
+    family, dims = families.family_of(config), families.dims_of(config)
+    state, layers = model.state_dict(), []
+    for layer in range(dims.layers):
+        module = models.build_layer(dims, layer).to(model.dtype)
+        module.load_state_dict({slot.name: state[family.hf_name(slot, layer)] for slot in family.layer_slots(dims, layer)})
+        layers.append(module)
+    return dims, layers
+
+
+def our_forward(layers: List[Any], ids: Any, positions: Any, segments: Any) -> Tuple[List[Any], Any]:
+    """-> (what transformers calls hidden_states: each block's input, then the final norm's output; logits)."""
+    hidden = [layers[0](ids)]
+    for block in layers[1:-1]:
+        hidden.append(block(hidden[-1], positions, segments))
+    logits = layers[-1](hidden[-1])
+    hidden[-1] = layers[-1].final_norm(hidden[-1])
+    return hidden, logits
