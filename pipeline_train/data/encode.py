@@ -1,0 +1,225 @@
+"""Records -> token ids, exactly those that a server makes of the same prompt. The only file of training that knows transformers.
+
+The prompt is tokenized alone, as a server does it; the answer is its continuation. In a conversation the history of each answer is
+tokenized as the text that a server is sent for it. Special tokens: a default-format prompt goes through /generate, which adds what
+the tokenizer adds (BOS); a model's own template goes through the chat route, which adds nothing.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Union
+
+from ..errors import UserError
+from . import tokens
+from .records import Record
+from .stops import find_stops, match_bos
+from .template import DEFAULT_CHAT_TEMPLATE, Messages, PromptFormat, Turn, render
+
+IGNORED = -100
+
+
+class Sequence(NamedTuple):
+    """``ids`` [n] and ``learn`` [n]: whether ``ids[i]`` is to be predicted from those before it. The first never is."""
+
+    ids: List[int]
+    learn: List[bool]
+
+    @property
+    def targets(self) -> List[int]:
+        """[n]: the id at i + 1 where it is learnt, else -100."""
+        return [i if learn else IGNORED for i, learn in zip(self.ids[1:], self.learn[1:])] + [IGNORED]
+
+
+class TextCodec:
+    """A tokenizer, a prompt format, and what ends a turn.
+
+    ``eos_id`` ends pretrain texts and default-format answers. ``stop_ids``: what ends generation, the end of a turn first.
+    ``chat_template``: the Jinja source to export. ``notes``: one line for each thing about the tokenizer that had to be put right.
+    """
+
+    def __init__(
+        self, tokenizer: Any, template: str = "auto", name: str = "the tokenizer", generation: Optional[Dict[str, Any]] = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.name = name
+        self.generation = dict(generation or {})
+        self.notes: List[str] = []
+        tokens.forget_gguf(tokenizer)
+        shipped = _shipped_template(tokenizer)
+        own = _chosen_template(template, shipped)
+        lead = tokens.lead_ids(tokenizer, name)
+        stops = find_stops(tokenizer, own, shipped, self.generation, name)
+        self.eos_id, self.end, self.end_id, self.stop_ids = stops.eos_id, stops.end, stops.end_id, stops.stop_ids
+        self.notes.extend(stops.notes)
+        if own is None:
+            self.chat_template, same = tokens.default_template(tokenizer, lead)
+            if not same:
+                self.notes.append("%s: the chat route cannot give the ids of /generate with this tokenizer; use /generate" % name)
+            source = DEFAULT_CHAT_TEMPLATE
+        else:
+            source = self.chat_template = own
+            self.notes.extend(match_bos(tokenizer, own, lead, name))
+        self.format = PromptFormat(source, tokens.template_tokens(tokenizer), self.end, own is not None, name)
+        self.continuation = tokens.Continuation(tokenizer)
+
+    @classmethod
+    def load(cls, path: str, template: str = "auto") -> "TextCodec":
+        """From an HF folder, a from-hf folder or a hub name. ``template``: auto, default, or the path of a .jinja file."""
+        from transformers import AutoTokenizer
+
+        folder = Path(path)
+        if not folder.is_dir() and (folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1):
+            raise UserError("%s: no such model folder" % path)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except Exception as error:  # the Rust tokenizers library raises bare Exception
+            why = (" ".join(str(error).split()) or type(error).__name__)[:300]
+            raise UserError("%s: its tokenizer cannot be loaded (tokenizer.json or tokenizer.model): %s" % (path, why)) from error
+        return cls(tokenizer, template, path, _generation_config(path))
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    @property
+    def pad_id(self) -> int:
+        """Fills rows; never learnt, so it may be any id."""
+        pad = self.tokenizer.pad_token_id
+        return self.eos_id if pad is None else pad
+
+    def check_vocab(self, rows: int, where: str = "config.json") -> None:
+        """``rows``: vocabulary size of the model's embedding. A smaller tokenizer is fine (padded embeddings)."""
+        if self.vocab_size > rows:
+            raise UserError(
+                "%s: vocab_size: %d, but the tokenizer has ids up to %d; they do not belong together, or tokens were added without "
+                "enlarging the model" % (where, rows, self.vocab_size - 1)
+            )
+
+    def prompt_ids(self, text: str) -> List[int]:
+        """What /generate makes of a prompt."""
+        return tokens.whole(self.tokenizer, text)
+
+    def chat_ids(self, messages: Messages) -> List[int]:
+        """What the chat route makes of messages, asking for an answer. Raises TemplateRefused."""
+        text = render(self.chat_template, messages, True, tokens.template_tokens(self.tokenizer))
+        return tokens.raw(self.tokenizer, text)
+
+    def decode(self, ids: List[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def encode(self, record: Record) -> Sequence:
+        """Not cut to any length; ends with the last learnt token. Nothing learnt: ids is empty.
+
+        Raises TemplateRefused for a record that the model's template does not take."""
+        if record.kind == "pretrain":
+            if not record.fields["text"].strip():
+                return Sequence([], [])
+            ids = tokens.whole(self.tokenizer, record.fields["text"]) + [self.eos_id]
+            return Sequence(ids, [False] + [True] * (len(ids) - 1))
+        turns = self.format.turns(record.kind, record.fields)
+        while turns and not turns[-1].learn:
+            turns.pop()
+        return self._encode_turns(turns) if turns else Sequence([], [])
+
+    def _encode_turns(self, turns: List[Turn]) -> Sequence:
+        ids, start = self._prompt_and_answer(turns[-1])
+        learn = [False] * start + [True] * (len(ids) - start)
+        for turn in turns[:-1]:
+            if not turn.learn:
+                continue
+            closed = self._ids(turn.prompt + turn.answer + self.end.text)
+            if ids[: len(closed)] != closed or closed[-1] != self.end_id:
+                continue  # this history has no token boundary where the turn ends
+            alone, start = self._prompt_and_answer(turn)
+            # Where the tokenizer merges across the seam, the history's merged token belongs to no answer.
+            same = min(tokens.common_suffix(alone, closed), len(alone) - start)
+            learn[len(closed) - same : len(closed)] = [True] * same
+        return Sequence(ids, learn)
+
+    def _prompt_and_answer(self, turn: Turn) -> "tuple[List[int], int]":
+        """(ids of prompt, answer and end of turn; where the answer starts)."""
+        prompt = self._ids(turn.prompt)
+        joint = self._ids(turn.prompt + turn.answer + self.end.text)
+        if joint[: len(prompt)] == prompt and joint[-1] == self.end_id:
+            return joint, len(prompt)
+        before_end = self.end.text[: len(self.end.text) - len(self.end.token)]
+        return prompt + self.continuation(turn.answer + before_end) + [self.end_id], len(prompt)
+
+    def _ids(self, text: str) -> List[int]:
+        return tokens.raw(self.tokenizer, text) if self.format.own else tokens.whole(self.tokenizer, text)
+
+    def identity(self) -> Dict[str, Any]:
+        """What, besides the records, decides the ids: for the data hash and for comparing two runs."""
+        return {
+            "tokenizer": type(self.tokenizer).__name__,
+            "vocab_size": self.vocab_size,
+            "template": hashlib.sha256(self.chat_template.encode("utf-8")).hexdigest(),
+            "stop_ids": self.stop_ids,
+        }
+
+    def save(self, folder: Union[str, Path]) -> None:
+        """Tokenizer files, chat template and generation_config.json, for transformers, TGI and vLLM.
+
+        The template goes into tokenizer_config.json, the only place TGI reads, and into chat_template.jinja, where transformers
+        looks first. Text generation stops at ``stop_ids``.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.chat_template = self.chat_template
+        self.tokenizer.save_pretrained(str(folder))
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["chat_template"] = self.chat_template
+        _write_json(path, config)
+        (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        generation = {k: v for k, v in self.generation.items() if k not in ("_from_model_config", "transformers_version")}
+        generation["eos_token_id"] = self.stop_ids
+        generation["pad_token_id"] = self.pad_id
+        if self.tokenizer.bos_token_id is not None:
+            generation["bos_token_id"] = self.tokenizer.bos_token_id
+        _write_json(folder / "generation_config.json", generation)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _shipped_template(tokenizer: Any) -> Optional[str]:
+    """The chat template in the tokenizer's files; None when there is none, or when it is our default format."""
+    shipped = getattr(tokenizer, "chat_template", None) or tokenizer.init_kwargs.get("chat_template")
+    if isinstance(shipped, list):  # tokenizer_config.json may name several
+        shipped = {t["name"]: t["template"] for t in shipped}
+    if isinstance(shipped, dict):
+        shipped = shipped.get("default")
+    return None if not shipped or shipped.endswith(DEFAULT_CHAT_TEMPLATE) else shipped
+
+
+def _chosen_template(template: str, shipped: Optional[str]) -> Optional[str]:
+    """The source of a template that is not the default format, else None."""
+    if template == "auto":
+        return shipped
+    if template == "default":
+        return None
+    path = Path(template)
+    if path.suffix not in (".jinja", ".jinja2", ".j2"):
+        raise UserError("data.template: expected auto, default or the path of a .jinja file, got %s" % template)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("data.template: %s cannot be read: %s" % (template, error)) from None
+
+
+def _generation_config(path: str) -> Dict[str, Any]:
+    """generation_config.json of a folder or hub model; {} when there is none."""
+    from transformers import GenerationConfig
+
+    folder = Path(path)
+    try:
+        if folder.is_dir():
+            found = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+            return found if isinstance(found, dict) else {}
+        return dict(GenerationConfig.from_pretrained(path).to_diff_dict())
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,119 @@
+"""Facts about a tokenizer object that its attributes do not tell, found by asking it. Works on transformers' slow and fast ones."""
+
+from typing import Any, Dict, List, Optional, Tuple
+
+from ..errors import UserError
+from .template import DEFAULT_CHAT_TEMPLATE
+
+Ids = List[int]
+GGUF = b"GGUF"
+
+
+def raw(tokenizer: Any, text: str) -> Ids:
+    """The ids of a text as the chat route sees it: nothing added."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def whole(tokenizer: Any, text: str) -> Ids:
+    """The ids of a text as /generate sees it: with what the tokenizer adds."""
+    return list(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
+
+
+def lead_ids(tokenizer: Any, name: str) -> Ids:
+    """What the tokenizer puts in front of a text, usually nothing or BOS. One that appends EOS to a prompt is made to stop doing
+    so, or refused: a server would send the model a prompt that has already ended."""
+    plain, full = raw(tokenizer, "a"), whole(tokenizer, "a")
+    if full[len(full) - len(plain) :] != plain and getattr(tokenizer, "add_eos_token", False):
+        tokenizer.add_eos_token = False
+        full = whole(tokenizer, "a")
+    if full[len(full) - len(plain) :] != plain:
+        raise UserError("%s: the tokenizer appends tokens to every prompt (%s); set add_eos_token to false in tokenizer_config.json"
+                        % (name, tokenizer.convert_ids_to_tokens(full)))  # fmt: skip
+    return full[: len(full) - len(plain)]
+
+
+def default_template(tokenizer: Any, lead: Ids) -> Tuple[str, bool]:
+    """(source, same): the default chat template with the lead written out, because a chat route adds no special tokens.
+
+    ``same``: the chat route then gives exactly the ids of /generate. Sentencepiece tokenizers differ in whether the first word
+    after a special token gets its ``▁``; where it does not, a blank after the lead gives it.
+    """
+    if not lead:
+        return DEFAULT_CHAT_TEMPLATE, True
+    bos = lead == [tokenizer.bos_token_id]
+    text = "".join(tokenizer.convert_ids_to_tokens(lead))
+    prompt = "### Human: a\n### Assistant:"
+    for blank in ("", " "):
+        literal = (text + blank).replace("\\", "\\\\").replace("'", "\\'")
+        source = "{{ bos_token }}" if bos and not blank else "{{ bos_token + ' ' }}" if bos else "{{ '%s' }}" % literal
+        if raw(tokenizer, text + blank + prompt) == whole(tokenizer, prompt):
+            return source + DEFAULT_CHAT_TEMPLATE, True
+    return source + DEFAULT_CHAT_TEMPLATE, False
+
+
+def stop_adding_bos(tokenizer: Any) -> bool:
+    """Switch off what is put in front of every text; False when that cannot be done."""
+    if getattr(tokenizer, "add_bos_token", False):
+        tokenizer.add_bos_token = False
+    elif getattr(tokenizer, "is_fast", False):
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    return whole(tokenizer, "a") == raw(tokenizer, "a")
+
+
+def special_texts(tokenizer: Any) -> List[str]:
+    """Every special token of the vocabulary as text."""
+    known = getattr(tokenizer, "added_tokens_decoder", None)
+    if known is None:  # transformers before 4.34
+        return sorted(set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab()))
+    return sorted(set(tokenizer.all_special_tokens) | {t.content for t in known.values() if t.special})
+
+
+def template_tokens(tokenizer: Any) -> Dict[str, str]:
+    """bos_token, eos_token, ...: what transformers hands to a chat template."""
+    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
+
+
+class Continuation:
+    """Ids of a text as the continuation of other text: no ``▁`` or BOS of its own."""
+
+    ANCHORS = ("\n", "a", ".", "我")
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        # Byte-level tokenizers give the same ids anywhere; sentencepiece and add_prefix_space put a blank before a text's start.
+        self.plain = raw(tokenizer, "\nx") == raw(tokenizer, "\n") + raw(tokenizer, "x")
+
+    def __call__(self, text: str) -> Ids:
+        """The ids that follow a prompt whose own tokens stay as they are."""
+        if not text:
+            return []
+        for anchor in () if self.plain else self.ANCHORS:
+            before, both = raw(self.tokenizer, anchor), raw(self.tokenizer, anchor + text)
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return raw(self.tokenizer, text)
+
+
+def common_suffix(a: Ids, b: Ids) -> int:
+    """Length of the longest common suffix."""
+    n = 0
+    while n < min(len(a), len(b)) and a[-1 - n] == b[-1 - n]:
+        n += 1
+    return n
+
+
+def forget_gguf(tokenizer: Any) -> None:
+    """A tokenizer read from a GGUF file takes that file for its sentencepiece model and would save a copy of all weights."""
+    path: Optional[str] = getattr(tokenizer, "vocab_file", None)
+    if not path:
+        return
+    try:
+        with open(path, "rb") as handle:
+            is_gguf = handle.read(4) == GGUF
+    except OSError:
+        is_gguf = False
+    if is_gguf:
+        tokenizer.vocab_file = None
+        tokenizer.init_kwargs.pop("vocab_file", None)
