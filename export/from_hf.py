@@ -7,11 +7,12 @@ from typing import Any, Dict, List, Optional
 from pipeline_train import manifest
 from pipeline_train.errors import UserError
 from pipeline_train.weights import Source, open_source
+from pipeline_train.weights.files import WIDTHS
 
 from . import sidecars
 from .aside import output_folder
 from .measure import Meter, Progress
-from .shards import WIDTHS, Item, ShardWriter
+from .shards import Item, ShardWriter
 
 SHORT = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 

@@ -13,9 +13,8 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Tuple
 import torch
 
 from pipeline_train.errors import UserError
-from pipeline_train.weights.files import NAMES
+from pipeline_train.weights.files import NAMES, WIDTHS
 
-WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

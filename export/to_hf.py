@@ -45,7 +45,13 @@ def to_hf(
     main, _ = main_dtype(items)
     shards = plan(items, limit)
     meter = Meter(sum(item.nbytes for item in items), progress)
-    about = {"target": target, "family": source.family.name, "tied": source.dims.tied, "dtype": SHORT[main], "step": step_of(source)}
+    about = {
+        "target": target,
+        "family": source.family.name,
+        "tied": source.dims.tied,
+        "dtype": SHORT[main],
+        "step": step_of(source),
+    }
     with aside.output_folder(output, meter.total, overwrite) as folder:
         for name, shard in shards:
             _write_shard(folder / name, shard, source, meter)

@@ -7,7 +7,9 @@ HELP = "a run, checkpoint, from-hf folder or HF model -> a Hugging Face folder"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", required=True, metavar="RUN_OR_CHECKPOINT_OR_HF", help="a run means its newest complete checkpoint")
+    parser.add_argument(
+        "--input", required=True, metavar="RUN_OR_CHECKPOINT_OR_HF", help="a run means its newest complete checkpoint"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="where to write; must not exist or be empty")
     parser.add_argument("--target", default="hf", help="whose key layout to write (default: hf)")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: the run's, else the input's)")

@@ -52,14 +52,16 @@ class Source:
             self._check_manifest(document)
         self._wanted = {self._id(layer, slot): (layer, slot) for layer, slot in self.slots()}
         self._places: Dict[str, Place] = {}
+        self._names: List[str] = []
         self._extra: List[str] = []
         self._open: Any = None
         for place in self._layer_files() if document else hf_keys(folder, self.family, self._wanted):
             place = Place(*place)
+            self._names.append(place.id if document else place.key)
             if place.id in self._wanted and place.id not in self._places:
                 self._places[place.id] = place
             elif document or not any(re.match(p, k) for p in self.family.ignorable for k in (place.key, place.id)):
-                self._extra.append(place.id if document else place.key)
+                self._extra.append(self._names[-1])
 
     def slots(self) -> Iterator[Tuple[int, ParamSlot]]:
         """(layer, slot) of every parameter, in file order."""
@@ -68,8 +70,8 @@ class Source:
                 yield layer, slot
 
     def names(self) -> List[str]:
-        """Every tensor that has a place here, by HF name or layer file/slot; ignorable and extra ones are not in it."""
-        return sorted(self._places)
+        """Every key as it stands in the files (layer files: file/key), those included that are extra or safe to ignore."""
+        return sorted(self._names)
 
     def check(self) -> None:
         """Every key is there, none is extra, shapes and dtypes are right; reads no weights. Raises UserError naming what is not."""
@@ -102,7 +104,7 @@ class Source:
         return tensor
 
     def pieces(self, layer: int, name: str) -> Iterator[torch.Tensor]:
-        """The same values, flat, 64 MiB at a time. Compares no tied copies: ``check_tied`` does."""
+        """The same values, flat, 16 Mi elements at a time. Compares no tied copies: ``check_tied`` does."""
         place = self._place(layer, name)
         self._check_shape(place, self._entry_of(place).shape)
         return self._file(place).pieces(place.key)

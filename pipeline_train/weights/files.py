@@ -17,8 +17,9 @@ import torch
 from ..errors import UserError
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of one element
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-PIECE = 64 * 2**20  # bytes of one read where a whole tensor need not be in memory
+PIECE = 2**24  # elements of one read where a whole tensor need not be in memory
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
@@ -54,10 +55,11 @@ class SafetensorsFile:
         return self._read(name, begin, end).reshape(self.entries[name].shape)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """The same values, flat, in pieces of at most PIECE bytes."""
+        """The same values, flat, in pieces of PIECE elements (the last one shorter)."""
         begin, end = self._spans[name]
-        for start in range(begin, end, PIECE):
-            yield self._read(name, start, min(start + PIECE, end))
+        step = PIECE * WIDTHS.get(self.entries[name].dtype, 1)
+        for start in range(begin, end, step):
+            yield self._read(name, start, min(start + step, end))
 
     def _read(self, name: str, begin: int, end: int) -> torch.Tensor:
         dtype = self.entries[name].dtype
@@ -103,9 +105,8 @@ class BinFile:
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         flat = self._tensor(name).reshape(-1)
-        step = PIECE // flat.element_size()
-        for start in range(0, flat.numel(), step):
-            yield flat[start : start + step].clone()
+        for start in range(0, flat.numel(), PIECE):
+            yield flat[start : start + PIECE].clone()
 
     def _tensor(self, name: str) -> torch.Tensor:
         tensor = self._load()[name].detach()
@@ -171,8 +172,7 @@ def _entry(name: str, item: Any, path: Path) -> Tuple[Entry, Tuple[int, int]]:
         count = 1
         for n in shape:
             count *= n
-        width = torch.empty(0, dtype=TORCH_DTYPES[dtype]).element_size() if dtype in TORCH_DTYPES else None
-        fine = 0 <= begin <= end and (width is None or end - begin == count * width)
+        fine = 0 <= begin <= end and (dtype not in WIDTHS or end - begin == count * WIDTHS[dtype])
     except (KeyError, TypeError, ValueError):
         fine = False
     if not fine:
