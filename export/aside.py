@@ -45,15 +45,6 @@ def write_marker(folder: Path, document: Dict[str, Any]) -> None:
     (folder / MARKER).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def read_marker(folder: Path) -> Dict[str, Any]:
-    """What ``to_hf`` noted about the export; {} where it is not one of ours."""
-    try:
-        document = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return document if isinstance(document, dict) else {}
-
-
 def _check_free(final: Path, output: str, overwrite: bool) -> None:
     if not os.path.lexists(str(final)):
         return

@@ -40,7 +40,7 @@ def random_ids(dims: Dims, rows: int = 2) -> List[List[int]]:
 
 
 def text_ids(folder: Path, texts: List[str], dims: Dims) -> List[List[int]]:
-    """The texts through the export's own tokenizer. Raises RunFailed when transformers cannot load it or it does not fit the model."""
+    """The texts through the export's own tokenizer. Raises RunFailed when it does not load or does not fit the model."""
     from transformers import AutoTokenizer
 
     try:
@@ -124,9 +124,10 @@ def _load(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(str(folder))
         config._attn_implementation = "eager"
         # No dtype argument: its name differs between versions. fp32 comes by widening, which is exact.
-        model, info = AutoModelForCausalLM.from_pretrained(str(folder), config=config, output_loading_info=True)
+        loaded = AutoModelForCausalLM.from_pretrained(str(folder), config=config, output_loading_info=True)
     except LOAD_ERRORS as error:
         raise RunFailed("AutoModelForCausalLM cannot load the export: %s" % first_line(error)) from None
+    model, info = loaded  # type: ignore[misc]
     wrong = {
         what: sorted(map(str, info[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(what)
     }

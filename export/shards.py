@@ -61,7 +61,7 @@ class ShardWriter:
         for piece in pieces:
             assert NAMES[piece.dtype] == item.dtype, (piece.dtype, item)
             data = piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-            self._file.write(memoryview(data))
+            self._file.write(memoryview(data))  # type: ignore[arg-type]
             written += data.nbytes
         assert written == item.nbytes, (written, item)
 

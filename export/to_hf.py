@@ -29,7 +29,7 @@ def to_hf(
 ) -> Dict[str, Any]:
     """Export a run, a checkpoint, a from-hf folder or a plain HF folder (or hub name).
 
-    ``dtype``: "fp32" | "bf16" | "fp16"; None: a training run's own dtype, cast from its fp32 master weights, else each tensor's own.
+    ``dtype``: "fp32" | "bf16" | "fp16"; None: a run's own dtype, rounded from its fp32 master weights, else each tensor's own.
     Returns {"output", "target", "family", "tied", "dtype", "step", "shards", bytes, seconds, gb_per_s, peak_gib}.
     Raises UserError for what the user asked, RunFailed when a checkpoint's tied copies differ, fp16 overflows or writing fails.
     """

@@ -1,20 +1,19 @@
 """The proof that an export is the trained model: same keys, same bits, same logits and hidden states as plain transformers.
 
-Every step that can still be taken after a failure is taken, so that proof.json tells the whole story; the first failure is the message.
+Every step that can still be taken after a failure is taken: proof.json tells the whole story, the message its first failure.
 """
 
 import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
-from pipeline_train import families, manifest
+from pipeline_train import manifest
 from pipeline_train.errors import RunFailed, UserError
-from pipeline_train.weights import Source, find_folder, open_source, same_bits
+from pipeline_train.weights import Source, open_source, same_bits
 
 from . import naming, sidecars
-from .aside import read_marker
 from .from_hf import SHORT, main_dtype, versions
 from .measure import Meter, Progress, peak_gib
 from .shards import Item
@@ -46,9 +45,11 @@ def verify(
         raise UserError("--tolerance %s: expected a number between 0 and 1, such as 1e-5" % tolerance)
     source = open_source(checkpoint)
     source.check()
-    if find_folder(export) == source.folder:
+    if folder.resolve() == source.folder.resolve():
         raise UserError("%s: is the checkpoint itself; nothing would be proved" % export)
-    proof = {
+    if manifest.is_layer_folder(folder):
+        raise UserError("%s: holds layer files, not an export; make one with `pipedock to-hf`" % export)
+    proof: Dict[str, Any] = {
         "format": "pipedock-proof/1",
         "holds": False,
         "checkpoint": str(checkpoint),
@@ -58,7 +59,7 @@ def verify(
         "family": source.family.name,
         "tied": source.dims.tied,
         "tolerance": tolerance,
-    }  # type: Dict[str, Any]
+    }
     failures = _prove(source, folder, prompts, tolerance, progress, proof)
     proof.update(holds=not failures, failures=failures, files=_files(folder), versions=_versions())
     proof.update(seconds=round(time.perf_counter() - start, 3), peak_gib=round(peak_gib(), 3))
@@ -165,7 +166,7 @@ def _arithmetic(source: Source, target: Source, texts: Optional[List[str]], tole
     from . import forward
 
     rows = forward.random_ids(source.dims)
-    used = []  # type: List[str]
+    used: List[str] = []
     if any(name.startswith("tokenizer") for name in sidecars.names(target.folder)):
         used = list(forward.TEXTS if texts is None else texts)
         rows += forward.text_ids(target.folder, used, source.dims)
@@ -174,7 +175,7 @@ def _arithmetic(source: Source, target: Source, texts: Optional[List[str]], tole
     proof["prompts"] = {"texts": used, "rows": len(rows), "tokens": sum(map(len, rows))}
     theirs = forward.hf_states(target.folder, rows, source)
     dtypes = {(layer, slot.name): target.entry(layer, slot.name).dtype for layer, slot in target.slots()}
-    found = []  # type: List[Dict[str, Any]]
+    found: List[Dict[str, Any]] = []
     for (layer, what), ours in forward.our_states(source, dtypes, rows):
         found.append(dict({"layer": layer, "what": what}, **forward.difference(ours, theirs.pop((layer, what)))))
     proof["layers"], proof["logits"] = found[:-1], found[-1]
