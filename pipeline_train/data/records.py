@@ -63,10 +63,15 @@ class Tally:
         if self.bad and (self.on_bad == "fail" or not self.records):
             head = "%s: %d bad record%s" % (self.path, self.bad, "" if self.bad == 1 else "s")
             head += " (data.on_bad: skip leaves them out):" if self.records else " and no good one:"
-            more = ["... and %d more" % (self.bad - len(self.messages))] if self.bad > len(self.messages) else []
-            raise UserError("\n".join([head] + self.messages + more))
+            raise UserError(listing(head, self.messages, self.bad))
         if not self.records:
             raise UserError("%s: holds no records" % self.path)
+
+
+def listing(head: str, messages: List[str], total: int) -> str:
+    """A line for the file, one for each of the first bad records, and how many more there are."""
+    more = ["... and %d more" % (total - SHOWN)] if total > SHOWN else []
+    return "\n".join([head] + messages[:SHOWN] + more)
 
 
 def read(path: Union[str, Path], on_bad: str = "fail", tally: Optional[Tally] = None) -> Iterator[Record]:
