@@ -13,13 +13,14 @@ PACKAGES = ("pipeline_train", "export", "serve", "verbs")
 # Lowest first: a module may import its own row and the rows above it in this list.
 ROWS = [
     {"errors"},
-    {"families", "manifest", "data.records", "data.template"},
+    {"families", "manifest", "data.records", "data.shapes", "data.files", "data.template"},
     {"config", "config_reading", "config_schema", "migrate"},
     {"compat"},
     {"models", "data", "plan"},
     {"stages", "weights"},
     {"engine", "checkpoint", "metrics"},
     {"loop", "worker"},
+    {"prepare"},
     {"launch"},
 ]
 EXPORT_MAY = {"errors", "families", "manifest", "config", "models", "weights", "data.template"}
@@ -31,7 +32,7 @@ LIBRARIES = {  # library -> where it may be imported
     "docker": ("serve/",),
 }
 NO_TORCH = ("pipeline_train/families/", "pipeline_train/config.py", "pipeline_train/plan.py", "pipeline_train/data/", "pipeline_train/manifest.py",
-            "pipeline_train/launch.py", "pipeline_train/migrate.py", "export/naming.py")  # fmt: skip
+            "pipeline_train/prepare.py", "pipeline_train/launch.py", "pipeline_train/migrate.py", "export/naming.py")  # fmt: skip
 
 
 def files():

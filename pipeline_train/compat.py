@@ -1,0 +1,127 @@
+"""Every difference between the two tested stacks, nothing else: one row of a table, or one function, per difference.
+
+current  DeepSpeed 0.19.8, torch 2.13, Python >= 3.10
+pinned   DeepSpeed 0.9.2,  torch 1.13.1, Python 3.8
+"""
+
+import glob
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from typing import Dict, List, NamedTuple, Optional, Tuple
+
+from .errors import RunFailed, UserError
+
+TESTED = ("0.9.2", "0.19.8")
+
+
+class Refused(NamedTuple):
+    """DeepSpeed releases ``first`` <= version <= ``last`` train wrongly; ``reason`` is the evidence, in a few words."""
+
+    first: Tuple[int, ...]
+    last: Tuple[int, ...]
+    reason: str
+
+
+# Remove a row when nobody can install that release any more. Test: tests/unit/test_train_compat.py.
+REFUSED = (
+    Refused((0, 16, 0), (0, 18, 2), "its pipeline sums gradients over micro-batches instead of averaging them (DeepSpeed #7773)"),
+    Refused((0, 18, 3), (0, 19, 2), "its pipeline divides gradients again at every stage boundary, so early stages barely learn "
+                                    "(DeepSpeed #8152, #8154), and 0.18.3 and 0.18.4 hang"),
+)  # fmt: skip
+PACKAGES = ("deepspeed", "torch", "transformers", "tokenizers", "safetensors", "numpy", "msgspec", "lion-pytorch")
+
+
+def versions() -> Dict[str, Optional[str]]:
+    """Installed version of every package the training depends on, read without importing any."""
+    found = {"python": "%d.%d.%d" % sys.version_info[:3]}  # type: Dict[str, Optional[str]]
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def release(version: str) -> Tuple[int, ...]:
+    """ "0.19.8+abc" -> (0, 19, 8)."""
+    numbers = []
+    for part in version.split("+")[0].split(".")[:3]:
+        digits = "".join(c for c in part if c.isdigit())
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
+def check_deepspeed(version: Optional[str]) -> None:
+    """Refuse a DeepSpeed release whose gradients are known to be wrong, whatever loss it reports. Raises UserError."""
+    if version is None:
+        raise UserError('deepspeed is not installed; install "pipedock[train]", which brings %s' % TESTED[-1])
+    for row in REFUSED:
+        if row.first <= release(version) <= row.last:
+            raise UserError("deepspeed %s is refused: %s. Install %s." % (version, row.reason, " or ".join(reversed(TESTED))))
+
+
+def check_dtype(version: Optional[str], dtype: str) -> None:
+    """bf16 pipelines crash at the first gradient reduction in releases before 0.9.3 (DeepSpeed #3441). Raises UserError."""
+    if dtype == "bf16" and version is not None and release(version) < (0, 9, 3):
+        raise UserError("model.dtype: bf16 does not work in deepspeed %s (fixed in 0.9.3); use fp16, fp32 or deepspeed %s"
+                        % (version, TESTED[-1]))  # fmt: skip
+
+
+def notes(found: Dict[str, Optional[str]]) -> List[str]:
+    """What a user should know about an accepted stack."""
+    if found["deepspeed"] not in TESTED:
+        return ["deepspeed %s is not one of the tested releases (%s)" % (found["deepspeed"], ", ".join(TESTED))]
+    return []
+
+
+class Gpus(NamedTuple):
+    """CUDA devices torch can use: how many, the first one's name, whether all of them compute in bf16."""
+
+    number: int
+    name: str
+    bf16: bool
+
+
+def gpus() -> Gpus:
+    """Asks torch in a process of its own, so that the caller neither waits for the import nor opens a CUDA context.
+
+    Raises RunFailed when torch cannot be imported."""
+    if not (
+        glob.glob("/dev/nvidia[0-9]*") or os.path.exists("/dev/kfd") or os.path.exists("/dev/dxg") or shutil.which("nvidia-smi")
+    ):
+        return Gpus(0, "", False)
+    code = (
+        "import json, torch; n = torch.cuda.device_count(); print(json.dumps([n, torch.cuda.get_device_name(0) if n else '',"
+        " all(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(n))]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise RunFailed("torch cannot be imported: %s" % (done.stderr.strip().splitlines() or ["no message"])[-1])
+    return Gpus(*json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def quiet_cpu_ops() -> None:
+    """DeepSpeed 0.19 compiles a shared-memory all-reduce for CPU ranks on first use: the run dies without a compiler, and
+    two-rank inference crashes with it. Plain gloo does the same work. Call before init_distributed; no effect on a GPU."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def fused_adamw(cuda: bool) -> bool:
+    """torch.optim.AdamW(fused=True): on CUDA since torch 2.0, on CPU (about ten times faster there) since 2.4."""
+    import torch
+
+    if "fused" not in inspect.signature(torch.optim.AdamW).parameters:
+        return False
+    return cuda or release(torch.__version__) >= (2, 4, 0)
+
+
+def accelerator_env(gpu_count: int) -> Dict[str, str]:
+    """Environment that makes DeepSpeed choose the device we chose; 0.19.8 would otherwise look for numactl and CUDA."""
+    return {} if gpu_count else {"DS_ACCELERATOR": "cpu"}

@@ -1,0 +1,216 @@
+"""Our keys and the user's ``deepspeed:`` section -> a running DeepSpeed pipeline engine."""
+
+import math
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import deepspeed
+import torch
+
+from . import compat
+from .config_schema import Optim, RunConfig
+from .families.base import Dims
+from .stages import Stage, parameter_groups, topology_of
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}  # optimizer state kept per parameter
+NEVER = 2**31 - 1  # steps_per_print must be an int in every version
+
+MicroBatch = Tuple[
+    Tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+]  # (ids, positions, segments), targets: [B,T] int64
+
+
+def connect(cuda: bool, local_rank: int) -> None:
+    """Join the other ranks (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment): nccl on GPUs, gloo on CPUs."""
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    else:
+        compat.quiet_cpu_ops()
+    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def learning_rate(optim: Optim, step: int, total: int) -> float:
+    """Learning rate of step ``step`` (from 0) of ``total``: linear warm-up, then cosine, linear or constant, down to
+    floor x lr. A pure function, so that a resumed run needs no scheduler state."""
+    if step < optim.warmup:
+        return optim.lr * (step + 1) / optim.warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    done = min(1.0, (step - optim.warmup) / max(1, total - optim.warmup))
+    left = 0.5 * (1.0 + math.cos(math.pi * done)) if optim.schedule == "cosine" else 1.0 - done
+    return optim.lr * (optim.floor + (1.0 - optim.floor) * left)
+
+
+def deepspeed_config(config: RunConfig, cuda: bool) -> Dict[str, Any]:
+    """The dict DeepSpeed gets. ``config.model.dtype`` must be resolved. The user's section is merged in last: config.py has
+    refused the keys that are ours."""
+    optim, dtype = config.optim, config.model.dtype
+    ours = {
+        "train_batch_size": config.rows_per_step,
+        "train_micro_batch_size_per_gpu": config.batch.micro,
+        "gradient_accumulation_steps": config.micro_batches,
+        "gradient_clipping": optim.clip,  # 1.0 in 0.19, 0 in 0.9 when left out
+        "steps_per_print": NEVER,
+        # Stage 0 clips an fp32 pipeline by the norm of each stage alone.
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 50_000_000},
+        "zero_allow_untested_optimizer": True,  # lion-pytorch
+    }  # type: Dict[str, Any]
+    if dtype == "bf16":
+        ours["bf16"] = {"enabled": True}
+        ours["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif dtype == "fp16":
+        scale = optim.loss_scale
+        ours["fp16"] = {
+            "enabled": True,
+            "loss_scale": 0,  # dynamic
+            "initial_scale_power": int(math.log2(scale.initial)),
+            "loss_scale_window": scale.window,
+            "hysteresis": scale.hysteresis,
+            "min_loss_scale": scale.min,
+        }
+    if config.parallel.offload:
+        ours["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+        ours["optimizer"] = {"type": "AdamW" if optim.type == "adamw" else "Lion", "params": _optimizer_keys(optim)}
+    return merged(ours, config.deepspeed)
+
+
+def merged(base: Dict[str, Any], over: Dict[str, Any]) -> Dict[str, Any]:
+    """``over`` wins, section by section."""
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def _optimizer_keys(optim: Optim) -> Dict[str, Any]:
+    keys = {"lr": optim.lr, "betas": tuple(optim.betas)}  # type: Dict[str, Any]
+    return dict(keys, eps=optim.eps) if optim.type == "adamw" else keys
+
+
+def build_optimizer(groups: List[Dict[str, Any]], optim: Optim, cuda: bool) -> torch.optim.Optimizer:
+    """A torch optimizer, so that DeepSpeed compiles none."""
+    keys = _optimizer_keys(optim)
+    if optim.type == "lion":
+        from lion_pytorch import Lion
+
+        return Lion(groups, use_triton=False, **keys)
+    if compat.fused_adamw(cuda):
+        keys["fused"] = True
+    return torch.optim.AdamW(groups, **keys)
+
+
+class StepResult(NamedTuple):
+    """``loss``: mean over the step's learnt tokens. ``grad_norm``: before clipping, over all stages; None when not finite.
+    ``skipped``: an fp16 overflow, the weights did not move."""
+
+    loss: float
+    grad_norm: Optional[float]
+    skipped: bool
+
+
+class Pipeline:
+    """One rank of the running pipeline.
+
+    ``stage``: this rank's layers. ``pipe_rank``, ``data_rank``: its coordinates. ``engine``: DeepSpeed's.
+    ``groups``: the optimizer's groups; the parameters in them are the flat fp32 master partitions of ZeRO-1.
+    Parameters are NaN until checkpoint.load or checkpoint.start has filled them.
+    """
+
+    def __init__(self, config: RunConfig, dims: Dims, boundaries: Sequence[int], cuda: bool) -> None:
+        parallel = config.parallel
+        topology = topology_of(parallel.axes, parallel.pipe, parallel.data)
+        self.config, self.dims, self.cuda = config, dims, cuda
+        self.stage = Stage(dims, boundaries, topology, recompute=parallel.recompute == "blocks")
+        where = topology.get_coord(self.stage.global_rank)
+        self.pipe_rank, self.data_rank = int(where.pipe), int(where.data)
+        groups = parameter_groups(self.stage, config.optim.weight_decay)
+        optimizer = None if parallel.offload else build_optimizer(groups, config.optim, cuda)
+        self.settings = deepspeed_config(config, cuda)
+        self.engine = deepspeed.initialize(
+            model=self.stage, optimizer=optimizer, model_parameters=groups, config=self.settings, dist_init_required=False
+        )[0]
+
+    @property
+    def base_optimizer(self) -> Any:
+        """The optimizer inside ZeRO's wrapper; its state is keyed by the flat fp32 partitions."""
+        return self.engine.optimizer.optimizer
+
+    @property
+    def groups(self) -> List[Dict[str, Any]]:
+        return self.base_optimizer.param_groups
+
+    @property
+    def moments(self) -> Tuple[str, ...]:
+        return MOMENTS[self.config.optim.type]
+
+    @property
+    def loss_scaler(self) -> Any:
+        """DeepSpeed's dynamic loss scaler, None when not training in fp16."""
+        return getattr(self.engine.optimizer, "loss_scaler", None) if self.config.model.dtype == "fp16" else None
+
+    def _aim(self, learnt_tokens: int) -> None:
+        # DeepSpeed divides by the micro-batches and averages over the replicas: this factor makes the result the sum over the
+        # step's learnt tokens divided by their number, however they are spread over micro-batches.
+        parallel = self.config.micro_batches * self.config.parallel.data
+        self.stage.loss_factor = parallel / max(1, learnt_tokens)
+
+    def train(self, batches: Iterator[MicroBatch], learnt_tokens: int, rate: float) -> StepResult:
+        """One optimizer step on this replica's M micro-batches; ``learnt_tokens`` counts the whole step, all replicas."""
+        self._aim(learnt_tokens)
+        for group in self.groups:
+            group["lr"] = rate
+        loss = float(self.engine.train_batch(batches))
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        skipped = bool(getattr(self.engine.optimizer, "overflow", False))
+        return StepResult(loss, norm if math.isfinite(norm) and norm >= 0 else None, skipped)
+
+    def evaluate(self, batches: Iterator[MicroBatch], learnt_tokens: int) -> float:
+        """Mean loss over one step's learnt tokens, no gradients."""
+        self._aim(learnt_tokens)
+        return float(self.engine.eval_batch(batches))
+
+    def _piece(self, parameter: torch.nn.Parameter) -> Optional[Tuple[torch.Tensor, slice, slice]]:
+        """(the flat fp32 partition, where this parameter's piece lies in it, which elements of the parameter that is), or
+        None when another replica holds all of it. From the address tables that ZeRO-1 hangs on every parameter."""
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None
+        flat = self.groups[mapping.param_group_index]["params"][0]
+        inside, of = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
+        return flat, slice(inside.start, inside.start + inside.numel), slice(of.start, of.start + of.numel)
+
+    def read_whole(self, parameter: torch.nn.Parameter, moment: Optional[str] = None) -> torch.Tensor:
+        """The fp32 master weight, or one of its moments, as a whole tensor on the CPU. All replicas must call it together."""
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        piece = self._piece(parameter)
+        if piece is not None:
+            flat, inside, of = piece
+            source = flat if moment is None else self.base_optimizer.state[flat][moment]
+            whole[of] = source.detach()[inside].to(whole.device)
+        if self.config.parallel.data > 1:
+            torch.distributed.all_reduce(whole, group=parameter._dp_group)  # type: ignore[attr-defined]
+        return whole.view(parameter.shape).cpu()
+
+    def write_whole(self, parameter: torch.nn.Parameter, value: torch.Tensor, moment: Optional[str] = None) -> None:
+        """The reverse of read_whole; a weight also goes, rounded to the run's dtype, into the parameter itself."""
+        if moment is None:
+            with torch.no_grad():
+                parameter.copy_(value.view(parameter.shape))
+        piece = self._piece(parameter)
+        if piece is not None:
+            flat, inside, of = piece
+            target = flat if moment is None else self.base_optimizer.state[flat][moment]
+            target.detach()[inside] = value.reshape(-1)[of].to(device=target.device, dtype=target.dtype)
+
+    def set_steps(self, step: int) -> None:
+        """Zero moments and ``step`` as the step counter of every group. Needed before step 1 too: 0.9.2 makes a step on zero
+        gradients while it starts."""
+        for group in self.groups:
+            flat = group["params"][0]
+            state = self.base_optimizer.state[flat]
+            for moment in self.moments:
+                state[moment] = torch.zeros_like(flat, requires_grad=False)
+            if self.config.optim.type == "adamw":
+                device = flat.device if group.get("fused") or group.get("capturable") else "cpu"
+                counter = torch.tensor(float(step), dtype=torch.float32, device=device)
+                state["step"] = step if self.config.parallel.offload else counter

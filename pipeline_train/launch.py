@@ -1,0 +1,180 @@
+"""Starts one process per rank and answers for them: they stay in this process group and all end together, whatever happens."""
+
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from . import compat
+from .errors import RunFailed
+from .prepare import Prepared
+from .worker import PARENT, PROGRESS
+
+GRACE_S = 10.0  # from SIGTERM to SIGKILL
+SETTLE_S = 2.0  # after the first failure: its neighbours fail too, and the first cause must be found among them
+# What a rank says when another one has gone: never the cause.
+ECHOES = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL", "ProcessGroup", "TCPStore", "recvValue")
+
+Show = Callable[[Dict[str, Any]], None]  # takes rank 0's progress messages
+
+
+def launch(prepared: Prepared, show: Show) -> Dict[str, Any]:
+    """Train; -> the summary of loop.Loop. Raises RunFailed with the failing rank's one line, KeyboardInterrupt after Ctrl-C."""
+    ranks = Ranks(prepared, show)
+    before = [(number, signal.signal(number, ranks.on_signal)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        ranks.start()
+        return ranks.wait()
+    finally:
+        ranks.end()
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+class Ranks:
+    """The processes of one run on this machine."""
+
+    def __init__(self, prepared: Prepared, show: Show) -> None:
+        self.prepared, self.show = prepared, show
+        self.logs = prepared.out / "logs"
+        self.processes: List[subprocess.Popen] = []
+        self.signal: Optional[int] = None
+        self.progress = -1  # reading end of rank 0's pipe
+        self.unread = b""
+        self.summary: Optional[Dict[str, Any]] = None
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        if self.signal is not None:  # a second one: no patience left
+            for process in self._running():
+                process.kill()
+        self.signal = number
+
+    def start(self) -> None:
+        parallel = self.prepared.config.parallel
+        world = parallel.pipe * parallel.data
+        command = [sys.executable, "-m", "pipeline_train.worker", "--out", str(self.prepared.out.resolve())]
+        command += ["--total-steps", str(self.prepared.total)]
+        if self.prepared.resume is not None:
+            command += ["--resume", str(self.prepared.resume.resolve())]
+        common = _environment(world, self.prepared.gpus)
+        self.progress, writing = os.pipe()
+        os.set_blocking(self.progress, False)
+        try:
+            for rank in range(world):
+                (self.logs / ("rank_%d.error" % rank)).unlink() if (self.logs / ("rank_%d.error" % rank)).exists() else None
+                env = dict(common, RANK=str(rank), LOCAL_RANK=str(rank))
+                env[PROGRESS] = str(writing)
+                with open(str(self.logs / ("rank_%d.log" % rank)), "ab") as log:
+                    self.processes.append(
+                        subprocess.Popen(
+                            command,
+                            env=env,
+                            stdin=subprocess.DEVNULL,
+                            stdout=log,
+                            stderr=log,
+                            pass_fds=(writing,) if rank == 0 else (),
+                        )  # fmt: skip
+                    )
+        finally:
+            os.close(writing)
+
+    def wait(self) -> Dict[str, Any]:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.progress, selectors.EVENT_READ)
+            while True:
+                if selector.select(timeout=0.2) and not self._read_progress():
+                    selector.unregister(self.progress)  # rank 0 closed it
+                    break
+                if self._failed() or self.signal is not None:
+                    break
+        while self._running() and not self._failed() and self.signal is None:
+            time.sleep(0.05)
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal is not None:
+            raise RunFailed("stopped by %s" % signal.Signals(self.signal).name)
+        if self._failed() or self.summary is None:
+            raise RunFailed(self._cause())
+        return self.summary
+
+    def end(self) -> None:
+        """SIGTERM, patience, SIGKILL; returns when no process is left."""
+        for process in self._running():
+            process.terminate()
+        deadline = time.monotonic() + GRACE_S
+        while self._running() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for process in self._running():
+            process.kill()
+        for process in self.processes:
+            process.wait()
+        if self.progress >= 0:
+            os.close(self.progress)
+            self.progress = -1
+
+    def _running(self) -> List[subprocess.Popen]:
+        return [p for p in self.processes if p.poll() is None]
+
+    def _failed(self) -> List[int]:
+        return [rank for rank, p in enumerate(self.processes) if p.poll() not in (None, 0)]
+
+    def _read_progress(self) -> bool:
+        """Pass on whole lines; False when the other end is closed."""
+        data = os.read(self.progress, 1 << 16)
+        lines = (self.unread + data).split(b"\n")
+        self.unread = lines.pop()
+        for line in lines:
+            message = json.loads(line)
+            if "done" in message:
+                self.summary = message["done"]
+            else:
+                self.show(message)
+        return bool(data)
+
+    def _cause(self) -> str:
+        """The first cause among the failed ranks: a rank that was killed, then an error of its own, then an echo of another's."""
+        deadline = time.monotonic() + SETTLE_S
+        while self._running() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        failed = self._failed()
+        if not failed:
+            return "rank 0 ended without a summary. Log: %s" % (self.logs / "rank_0.log")
+        _, rank, line = min(self._judge(rank) for rank in failed)
+        return "rank %d: %s. Log: %s" % (rank, line.rstrip("."), self.logs / ("rank_%d.log" % rank))
+
+    def _judge(self, rank: int) -> Tuple[int, int, str]:
+        code = self.processes[rank].returncode
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = " (out of memory? the kernel's log says)" if -code == signal.SIGKILL else ""
+            return 0, rank, "was killed by %s%s" % (name, hint)
+        error = self.logs / ("rank_%d.error" % rank)
+        line = error.read_text(encoding="utf-8").strip() if error.exists() else "ended with exit code %d" % code
+        return (2 if any(echo in line for echo in ECHOES) else 1), rank, line
+
+
+def _environment(world: int, gpus: int) -> Dict[str, str]:
+    env = dict(os.environ)
+    root = str(Path(__file__).resolve().parents[1])
+    env["PYTHONPATH"] = os.pathsep.join([root] + ([env["PYTHONPATH"]] if env.get("PYTHONPATH") else []))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // world)))
+    env.update(WORLD_SIZE=str(world), LOCAL_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    env.update({PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"})
+    env.update(compat.accelerator_env(gpus))
+    return env
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,63 @@
+"""<out>/metrics.jsonl: one JSON object per line, append-only. Standard library only.
+
+kind "start"  step (done so far), total_steps           a run or a resume begins here; later lines win over earlier ones
+kind "step"   step (1 = the first), loss (mean over the steps since the last line), grad_norm (before clipping), lr,
+              tokens and learnt_tokens and samples (of the steps since the last line), tokens_per_s, step_s,
+              mem_gib (per stage: peak so far of its largest rank), mfu (null on CPU), epoch
+kind "eval"   step, loss, tokens                        kind "save"  step, path, seconds
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Dict, List
+
+# Dense half-precision peak of one device, FLOP/s, by a part of its name (the vendors' data sheets, no sparsity).
+PEAK_FLOPS = (
+    ("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("B200", 2250e12), ("A100", 312e12), ("A10", 125e12),
+    ("L40S", 362e12), ("L4", 121e12), ("V100", 125e12), ("T4", 65e12),
+)  # fmt: skip
+
+
+def peak_flops(device_name: str) -> float:
+    """0.0 for a device that is not in the table."""
+    return next((flops for part, flops in PEAK_FLOPS if part in device_name), 0.0)
+
+
+class Metrics:
+    """Appends lines. Opening repairs a torn tail: a line that was being written when the machine died is cut off."""
+
+    def __init__(self, path: Path) -> None:
+        if path.exists():
+            repair(path)
+        self.file = open(str(path), "a", encoding="utf-8")
+
+    def write(self, kind: str, **fields: Any) -> None:
+        line = dict(fields, kind=kind)
+        for key, value in line.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                line[key] = None  # JSON has no NaN
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def repair(path: Path) -> None:
+    """Cut everything after the last newline."""
+    with open(str(path), "rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            file.seek(end - 1)
+            if file.read(1) == b"\n":
+                break
+            end -= 1
+        file.truncate(end)
+
+
+def read(path: Path) -> List[Dict[str, Any]]:
+    """Every whole line, in file order."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

@@ -1,0 +1,99 @@
+"""One rank: ``python -m pipeline_train.worker --out OUT --total-steps N [--resume CHECKPOINT]``, started by launch.py.
+
+Everything else comes from OUT/resolved and from RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT. An error is written as
+one line to OUT/logs/rank_<RANK>.error, with its traceback on stderr, which is OUT/logs/rank_<RANK>.log.
+"""
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, Dict
+
+PARENT = "PIPEDOCK_PARENT"  # process id of the launcher
+PROGRESS = "PIPEDOCK_PROGRESS"  # file descriptor that rank 0 writes progress to, one JSON object per line
+
+
+def die_with_parent() -> None:
+    """However the launcher ends, SIGKILL included, its ranks end too (Linux; elsewhere only an orderly end is passed on)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher decides what it means
+    if sys.platform.startswith("linux"):
+        set_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+    if PARENT in os.environ and os.getppid() != int(os.environ[PARENT]):
+        os._exit(1)  # it died before the line above
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--total-steps", required=True, type=int)
+    parser.add_argument("--resume", type=Path)
+    args = parser.parse_args()
+    die_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    rank = int(os.environ["RANK"])
+    try:
+        summary = train(args.out, args.total_steps, args.resume)
+    except Exception as error:  # noqa: BLE001 - the process boundary: whatever it was, the launcher shows its one line
+        traceback.print_exc()
+        line = " ".join(str(error).split()) or type(error).__name__
+        (args.out / "logs" / ("rank_%d.error" % rank)).write_text(line[:1000] + "\n", encoding="utf-8")
+        sys.stderr.flush()
+        os._exit(1)  # not sys.exit: a communication thread may wait for a rank that is gone
+    if rank == 0:
+        report({"done": summary})
+    return 0
+
+
+def report(message: Dict[str, Any]) -> None:
+    os.write(int(os.environ[PROGRESS]), (json.dumps(message) + "\n").encode())
+
+
+def train(out: Path, total: int, resume: Any) -> Dict[str, Any]:
+    """Build this rank's stage, fill it, run the loop; -> the summary."""
+    import torch
+
+    from . import checkpoint, config, engine, families
+    from .data.feed import Feed
+    from .loop import Loop
+    from .metrics import Metrics
+    from .plan import bounds
+
+    run = config.load(out / "resolved" / "run.yaml")
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    cuda = os.environ.get("DS_ACCELERATOR") != "cpu"
+    torch.manual_seed(run.run.seed)
+    engine.connect(cuda, local)
+    dims = families.dims_of(families.read_config(str(out / "resolved" / "model")))
+    seq_len = run.data.seq_len
+    assert seq_len is not None, "the launcher resolves it"
+    pipe = engine.Pipeline(run, dims, bounds(dims, run.parallel.pipe, run.parallel.parts, seq_len), cuda)
+    logging.getLogger("pipedock").info("rank %d: stage %d, replica %d, layers %s", rank, pipe.pipe_rank, pipe.data_rank,
+                                       list(pipe.stage.layers))  # fmt: skip
+    if rank == 0:
+        (out / "resolved" / "deepspeed.json").write_text(json.dumps(pipe.settings, indent=1) + "\n", encoding="utf-8")
+    options: Dict[str, Any] = {"seq_len": seq_len, "rows_per_step": run.rows_per_step, "seed": run.run.seed, "pack": run.data.pack}
+    facts = json.loads((out / "resolved" / "data.json").read_text(encoding="utf-8"))
+    options["pad_id"] = facts.pop("pad_id")
+    feed = Feed.open(out / "data", "train", **options)
+    eval_feed = Feed.open(out / "data", "eval", **options) if run.data.eval is not None else None
+    done = 0
+    if resume is None:
+        checkpoint.start(pipe)
+    else:
+        done = checkpoint.load(pipe, resume)
+    metrics = Metrics(out / "metrics.jsonl") if rank == 0 else None
+    loop = Loop(pipe, out, feed, eval_feed, total, facts, metrics, report if rank == 0 else None)
+    summary = loop.run(done)
+    torch.distributed.destroy_process_group()
+    return summary
+
+
+if __name__ == "__main__":
+    sys.exit(main())

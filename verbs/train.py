@@ -1,0 +1,129 @@
+"""``pipedock train``: pipeline training from a run.yaml, with a live progress line."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+HELP = "fine-tune all weights (or train from scratch) with pipeline parallelism"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="run.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a key of run.yaml; may be repeated")
+    parser.add_argument("--resume", nargs="?", const="newest", choices=["newest", "auto"], metavar="auto",
+                        help="continue from the newest whole checkpoint; auto: start if there is none")  # fmt: skip
+    parser.add_argument("--stack-check", action="store_true", help="only check the installed versions")
+    parser.add_argument("--print-config", action="store_true", help="only print run.yaml with every default filled in")
+
+
+def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
+    from pipeline_train import compat
+    from pipeline_train.errors import UserError
+
+    if args.stack_check:
+        found = compat.versions()
+        compat.check_deepspeed(found["deepspeed"])
+        return {"ok": True, "versions": found, "notes": compat.notes(found)}
+    if args.config is None:
+        raise UserError("name a run.yaml with --config")
+    from pipeline_train import config
+
+    loaded = config.load(args.config, tuple(args.set))
+    if args.print_config:
+        import msgspec
+
+        return {"config": msgspec.to_builtins(loaded)}
+    return _train(loaded, args)
+
+
+def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
+    from pipeline_train.launch import launch
+    from pipeline_train.prepare import prepare
+
+    prepared = prepare(loaded, Path(args.config), args.resume, _say)
+    out = str(prepared.out)
+    if prepared.done >= prepared.total:
+        _say("%s: finished already, at step %d of %d" % (out, prepared.done, prepared.total))
+        return {"out": out, "steps": prepared.done, "finished": True, "checkpoint": str(prepared.resume)}
+    parallel = prepared.config.parallel
+    _say("%s: steps %d to %d, %d stages x %d replicas, layers per stage %s, %s on %s" % (
+        out, prepared.done + 1, prepared.total, parallel.pipe, parallel.data, parallel.parts, prepared.config.model.dtype,
+        "%d GPUs" % (parallel.pipe * parallel.data) if prepared.gpus else "CPU",
+    ))  # fmt: skip
+    progress = Progress(prepared.total)
+    try:
+        summary = launch(prepared, progress.show)
+    finally:
+        progress.close()
+    _say("peak memory per stage: %s GiB" % ", ".join("%.2f" % gib for gib in summary["peak_gib"]))
+    document = dict(summary, out=out)
+    if prepared.config.export is not None:
+        from export.to_hf import to_hf
+
+        to_hf(out, prepared.config.export.dir)
+        document["export"] = prepared.config.export.dir
+    return document
+
+
+def text(document: Dict[str, Any]) -> str:
+    if "config" in document:
+        import yaml
+
+        return str(yaml.safe_dump(document["config"], sort_keys=False, allow_unicode=True)).rstrip()
+    if "versions" in document:
+        lines = ["%s %s" % (name, version or "-") for name, version in document["versions"].items()]
+        return "\n".join(lines + ["note: %s" % note for note in document["notes"]] + ["ok"])
+    if document.get("finished"):
+        return "%s: finished, checkpoint %s" % (document["out"], document["checkpoint"])
+    lines = ["%(out)s: %(steps)d steps, loss %(loss_first).4f -> %(loss_last).4f, %(tokens)d tokens in %(seconds).1f s" % document]
+    lines.append("checkpoint %(checkpoint)s" % document)
+    if "export" in document:
+        lines.append("exported to %(export)s" % document)
+    return "\n".join(lines)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+class Progress:
+    """The live line: step, loss, tokens/s, time left. A bar on a terminal, now and then a plain line elsewhere."""
+
+    EVERY_S = 5.0  # between two plain lines
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.recent: List[Tuple[float, int]] = []
+        self.last = 0.0
+        self.bar: Any = self._bar() if sys.stderr.isatty() else None
+
+    def _bar(self) -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        bar = Bar(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"), console=Console(stderr=True)
+        )
+        self.task = bar.add_task("train", total=self.total, line="starting")
+        bar.start()
+        return bar
+
+    def show(self, message: Dict[str, Any]) -> None:
+        now = time.monotonic()
+        self.recent = (self.recent + [(now, message["tokens"])])[-21:]
+        seconds = now - self.recent[0][0]
+        speed = "%.0f tokens/s  " % (sum(t for _, t in self.recent[1:]) / seconds) if seconds > 0 else ""
+        left = int(message["eta_s"] + 0.5)
+        line = "loss %.4f  %seta %d:%02d:%02d" % (message["loss"], speed, left // 3600, left // 60 % 60, left % 60)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=message["step"], line=line)
+        elif now - self.last >= self.EVERY_S or message["step"] == self.total:
+            self.last = now
+            _say("step %d/%d  %s" % (message["step"], self.total, line))
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
