@@ -1,10 +1,10 @@
 """Small real tokenizers, trained in the process: folders that ``AutoTokenizer.from_pretrained`` loads.
 
-    bpe        byte-level BPE (GPT-2 style), no BOS added, eos ``<|endoftext|>``
-    bpe-bos    the same, adding ``<s>`` in front of every text
-    spm        sentencepiece BPE with byte fallback, llama style, fast (tokenizer.json and tokenizer.model), BOS added
-    spm-slow   the same model as the folder of an old llama: tokenizer.model and no tokenizer.json
-    spm-new    the same with ``legacy: false`` (no ``▁`` put after a special token)
+bpe        byte-level BPE (GPT-2 style), no BOS added, eos ``<|endoftext|>``
+bpe-bos    the same, adding ``<s>`` in front of every text
+spm        sentencepiece BPE with byte fallback, llama style, fast (tokenizer.json and tokenizer.model), BOS added
+spm-slow   the same model as the folder of an old llama: tokenizer.model and no tokenizer.json
+spm-new    the same with ``legacy: false`` (no ``▁`` put after a special token)
 """
 
 import io
@@ -26,7 +26,7 @@ TEXTS = [
     "Below is an instruction that describes a task, paired with an input that provides further context.",
     "### Instruction:\nName three colours.\n\n### Response:Red, green and blue.",
     "### Human: What is the capital of France?\n### Assistant: Paris is the capital of France.\n",
-    "### Reference:\nThe sky looks blue because air scatters short wavelengths.\n### Human: Why is the sky blue?\n### Assistant: Air.",
+    "### Reference:\nThe sky looks blue because air scatters short waves.\n### Human: Why is the sky blue?\n### Assistant: Air.",
     "Hello, how are you today? I am fine, thank you (really). The answer is 42; 3 + 4 = 7.",
     "你好，你今天怎么样？我很好，谢谢。法国的首都是巴黎。",
     "什么是人工智能？人工智能是工程和科学的分支，致力于构建具有思维的机器。",

@@ -4,6 +4,7 @@
     template  Record -> turns of (prompt, answer): the only place a prompt is spelled
     encode    turns -> Sequence(ids, learn): the only place tokenizers are loaded
     packing   lengths -> rows, a pure function of (seed, epoch)
+    store     a data file -> encoded files
     feed      encoded files -> feed.at(step), the same on every process
     report    what ``pipedock data`` and a starting run show
 

@@ -60,7 +60,8 @@ class TextCodec:
         else:
             source = self.chat_template = own
             self.notes.extend(match_bos(tokenizer, own, lead, name))
-        self.format = PromptFormat(source, tokens.template_tokens(tokenizer), self.end, own is not None, name)
+        described = "default" if own is None else "the model's" if template == "auto" else template
+        self.format = PromptFormat(source, tokens.template_tokens(tokenizer), self.end, own is not None, described)
         self.continuation = tokens.Continuation(tokenizer)
 
     @classmethod

@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import UserError
 from . import arrays, packing
 from .encode import IGNORED
-from .prepare import prepare
+from .store import prepare
 
 __all__ = ["Feed", "StepRows", "prepare"]
 

@@ -77,9 +77,8 @@ def _fit_windows(lengths: np.ndarray, seq_len: int) -> "tuple[np.ndarray, int]":
     samples = len(lengths)
     windows = -(-samples // WINDOW)
     width = WINDOW if windows > 1 else samples
-    table = np.zeros(windows * width, np.int64)
-    table[:samples] = lengths
-    table = table.reshape(windows, width)
+    table = np.zeros((windows, width), np.int64)
+    table.reshape(-1)[:samples] = lengths
     longest = np.argsort(-table, axis=1, kind="stable")
     size = np.take_along_axis(table, longest, axis=1)
     room = np.full((windows, width), seq_len, np.int32)

@@ -9,12 +9,18 @@ import numpy as np
 
 from ..config import RunConfig
 from ..errors import UserError
+from ..families import Dims
 from .arrays import GrowingArray, load
 from .encode import Sequence, TextCodec
 from .records import Record, Tally, listing, read
 from .template import TemplateRefused
 
 BUFFER = 1 << 20  # ids held in memory before they are written
+
+
+def default_seq_len(raw: Dict[str, Any], dims: Dims) -> int:
+    """data.seq_len when run.yaml has none: the model's positions; bloom has no limit, its config may name its training length."""
+    return int(dims.max_positions or raw.get("seq_length") or 2048)
 
 
 def prepare(config: RunConfig, codec: TextCodec, which: str, folder: Path, seq_len: int) -> Dict[str, Any]:
