@@ -4,6 +4,7 @@
 segment. Padding counts as a segment of its own, so that its softmax is never empty and never NaN.
 """
 
+import functools
 import math
 from typing import List, Optional
 
@@ -55,16 +56,22 @@ def alibi_slopes(heads: int) -> List[float]:
     return slopes + [2.0 ** (-4.0 * (2 * i + 1) / nearest) for i in range(heads - nearest)]
 
 
+@functools.lru_cache(maxsize=None)
+def slopes_on(heads: int, device: torch.device) -> torch.Tensor:
+    """``alibi_slopes`` as fp32 [H]; kept per device, and no buffer, because casting a module would round it."""
+    return torch.tensor(alibi_slopes(heads), dtype=torch.float32, device=device)
+
+
 def _repeat(x: torch.Tensor, groups: int) -> torch.Tensor:
     """[B,G,T,E] -> [B,G*groups,T,E]; neighbouring query heads share a key-value head."""
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
 
 def _additive(allowed: torch.Tensor, bias: Optional[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The mask as numbers to add to the scores: the bias (or 0) where allowed, -inf elsewhere."""
+    """The mask as numbers to add to the scores: the bias (or 0) where allowed, -inf elsewhere. Overwrites ``bias``."""
     if bias is None:
-        bias = torch.zeros((), device=allowed.device)
-    return torch.where(allowed, bias, torch.full((), float("-inf"), device=allowed.device)).to(dtype)
+        bias = torch.zeros(allowed.shape, device=allowed.device)
+    return bias.masked_fill_(~allowed, float("-inf")).to(dtype)
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -5,23 +5,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..families import Dims
-from .attention import alibi_slopes, attend
+from .attention import attend, slopes_on
 from .layers import Embedding, LayerNorm, Linear
 
 
 class Attention(nn.Module):
     def __init__(self, dims: Dims) -> None:
         super().__init__()
-        self.head_dim = dims.head_dim
-        self.slopes = alibi_slopes(dims.heads)  # floats, not a buffer: casting the module must not round them
+        self.dims = dims
         self.query_key_value = Linear(dims.hidden, dims.qkv_size)
         self.dense = Linear(dims.q_size, dims.hidden)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-        fused = self.query_key_value(x).unflatten(-1, (-1, 3, self.head_dim))  # [B,T,H,3,E]: interleaved per head
+        fused = self.query_key_value(x).unflatten(-1, (-1, 3, self.dims.head_dim))  # [B,T,H,3,E]: interleaved per head
         q, k, v = (y.transpose(1, 2) for y in fused.unbind(-2))
-        slopes = torch.tensor(self.slopes, dtype=torch.float32, device=x.device)
-        return self.dense(attend(q, k, v, segments, positions, slopes))
+        return self.dense(attend(q, k, v, segments, positions, slopes_on(self.dims.heads, x.device)))
 
 
 class Mlp(nn.Module):

@@ -88,7 +88,7 @@ def test_attention_by_the_definition(monkeypatch, sdpa):
 
 
 def test_a_row_of_padding_has_finite_values_and_gradients():
-    for family in ("llama", "bloom"):
+    for family in families.FAMILIES:
         dims = families.dims_of(tiny_config(family))
         block = models.build_layer(dims, 1)
         models.init_layer(block, dims, 1, seed=0)
@@ -155,7 +155,7 @@ def test_loss_keeps_no_fp32_copy_of_the_logits(monkeypatch):
     assert 0 < largest.elements <= 4000
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize("family", list(families.FAMILIES))
 def test_init_depends_on_seed_layer_and_name_only(family):
     dims = families.dims_of(tiny_config(family, tie_word_embeddings=True))
 
@@ -193,7 +193,22 @@ def test_an_untied_head_starts_on_its_own():
 
 def test_casting_a_layer_leaves_its_frequencies_and_slopes_exact():
     """DeepSpeed casts modules to half precision: nothing that must stay fp32 may be a buffer."""
-    for family in ("llama", "bloom"):
+    for family in families.FAMILIES:
         dims = families.dims_of(tiny_config(family))
         block = models.build_layer(dims, 1)
         assert list(block.buffers()) == []
+
+
+@pytest.mark.parametrize("family", list(families.FAMILIES))
+def test_training_after_inference_mode_in_one_process(family):
+    """What is kept between calls (frequencies, slopes) must not be a tensor that autograd refuses."""
+    dims = families.dims_of(tiny_config(family))
+    llama.inverse_frequencies.cache_clear()
+    attention.slopes_on.cache_clear()
+    block = models.build_layer(dims, 1)
+    models.init_layer(block, dims, 1, seed=0)
+    hidden, places = random(1, 8, dims.hidden), torch.arange(8)[None]
+    with torch.inference_mode():
+        block(hidden, places, torch.ones_like(places))
+    block(hidden, places, torch.ones_like(places)).sum().backward()
+    assert all(p.grad is not None for p in block.parameters())
