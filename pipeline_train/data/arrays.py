@@ -40,9 +40,10 @@ class GrowingArray:
         os.replace(str(self.part), str(self.path))
 
     def abandon(self) -> None:
-        """Remove what was written so far."""
-        self.file.close()
-        self.part.unlink()
+        """Remove what was written so far, unless it is complete."""
+        if not self.file.closed:
+            self.file.close()
+            self.part.unlink()
 
 
 def load(path: Path) -> np.ndarray:

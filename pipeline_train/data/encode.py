@@ -14,7 +14,7 @@ from ..errors import UserError
 from . import tokens
 from .records import Record
 from .stops import find_stops, match_bos
-from .template import DEFAULT_CHAT_TEMPLATE, Messages, PromptFormat, Turn, render
+from .template import DEFAULT_CHAT_TEMPLATE, Messages, PromptFormat, TemplateRefused, Turn, render
 
 IGNORED = -100
 
@@ -63,6 +63,7 @@ class TextCodec:
         described = "default" if own is None else "the model's" if template == "auto" else template
         self.format = PromptFormat(source, tokens.template_tokens(tokenizer), self.end, own is not None, described)
         self.continuation = tokens.Continuation(tokenizer)
+        self._check_turns()
 
     @classmethod
     def load(cls, path: str, template: str = "auto") -> "TextCodec":
@@ -77,6 +78,9 @@ class TextCodec:
         except Exception as error:  # the Rust tokenizers library raises bare Exception
             why = (" ".join(str(error).split()) or type(error).__name__)[:300]
             raise UserError("%s: its tokenizer cannot be loaded (tokenizer.json or tokenizer.model): %s" % (path, why)) from error
+        jinja = folder / "chat_template.jinja"
+        if jinja.is_file() and not getattr(tokenizer, "chat_template", None):  # transformers before 4.44 do not know this file
+            tokenizer.chat_template = jinja.read_text(encoding="utf-8")
         return cls(tokenizer, template, path, _generation_config(path))
 
     @property
@@ -122,34 +126,50 @@ class TextCodec:
         turns = self.format.turns(record.kind, record.fields)
         while turns and not turns[-1].learn:
             turns.pop()
-        return self._encode_turns(turns) if turns else Sequence([], [])
+        ids, learn = self._encode_turns(turns)
+        return Sequence(ids, [False] + learn[1:]) if ids else Sequence([], [])
 
     def _encode_turns(self, turns: List[Turn]) -> Sequence:
-        ids, start = self._prompt_and_answer(turns[-1])
-        learn = [False] * start + [True] * (len(ids) - start)
-        for turn in turns[:-1]:
-            if not turn.learn:
-                continue
-            closed = self._ids(turn.prompt + turn.answer + self.end.text)
-            if ids[: len(closed)] != closed or closed[-1] != self.end_id:
-                continue  # this history has no token boundary where the turn ends
-            alone, start = self._prompt_and_answer(turn)
-            # Where the tokenizer merges across the seam, the history's merged token belongs to no answer.
-            same = min(tokens.common_suffix(alone, closed), len(alone) - start)
-            learn[len(closed) - same : len(closed)] = [True] * same
+        """Turn by turn: a special token ends each, and tokenizers never look across one."""
+        ids: List[int] = []
+        learn: List[bool] = []
+        done = ""  # the text so far
+        for turn in turns:
+            asked = turn.prompt[len(done) :]
+            prompt = self._ids(asked, first=not done)
+            both = self._ids(asked + turn.answer + self.end.text, first=not done)
+            start = len(prompt)
+            if both[:start] != prompt:
+                alone = prompt + self.continuation(turn.answer + self.end.before) + [self.end_id]
+                if turn is turns[-1]:
+                    both = alone
+                else:  # the history is tokenized as one text; a token that merged across the seam belongs to no answer
+                    start = len(both) - min(tokens.common_suffix(alone, both), len(alone) - start)
+            ids += both
+            learn += [False] * start + [turn.learn] * (len(both) - start)
+            done = turn.prompt + turn.answer + self.end.text
         return Sequence(ids, learn)
 
-    def _prompt_and_answer(self, turn: Turn) -> "tuple[List[int], int]":
-        """(ids of prompt, answer and end of turn; where the answer starts)."""
-        prompt = self._ids(turn.prompt)
-        joint = self._ids(turn.prompt + turn.answer + self.end.text)
-        if joint[: len(prompt)] == prompt and joint[-1] == self.end_id:
-            return joint, len(prompt)
-        before_end = self.end.text[: len(self.end.text) - len(self.end.token)]
-        return prompt + self.continuation(turn.answer + before_end) + [self.end_id], len(prompt)
-
-    def _ids(self, text: str) -> List[int]:
+    def _ids(self, text: str, first: bool) -> List[int]:
+        """Of a text that starts the prompt, or that follows an end of turn."""
+        if not first:
+            return tokens.raw(self.tokenizer, self.end.token + text)[1:]
         return tokens.raw(self.tokenizer, text) if self.format.own else tokens.whole(self.tokenizer, text)
+
+    def _check_turns(self) -> None:
+        """Encoding turn by turn is the same as encoding the whole text; else the tokenizer cannot be trained on conversations."""
+        fields = {"rounds": [("ask", "1 a"), ("ans", "2 b"), ("ask", "3 c"), ("ans", "4 d")], "system": None}
+        try:
+            turns = self.format.turns("conversation", fields)
+        except TemplateRefused:
+            return  # one question and one answer is all that this template takes
+        ids = self._encode_turns(turns).ids
+        text = turns[-1].prompt + turns[-1].answer + self.end.text
+        if ids != self._ids(text, first=True) or ids[-1] != self.end_id:
+            raise UserError(
+                "%s: its tokenizer does not keep %s apart from the text around it, so an answer cannot be told from what follows"
+                % (self.name, self.end.token)
+            )
 
     def identity(self) -> Dict[str, Any]:
         """What, besides the records, decides the ids: for the data hash and for comparing two runs."""

@@ -1,6 +1,7 @@
 """One decoded value -> the kind and fields of a record, whichever of the seven shapes it has. Messages name the field."""
 
 import difflib
+import functools
 import json
 import re
 from typing import Any, Dict, List, Literal, Optional, Tuple, Union
@@ -142,15 +143,21 @@ def _check_text(place: str, text: str, blank: bool = False) -> None:
 
 
 def _convert(value: Dict[str, Any], struct: Any) -> Any:
-    known = list(struct.__struct_encode_fields__)
+    known = struct.__struct_encode_fields__
     for key in value:
-        near = difflib.get_close_matches(key.lower(), known, 1, 0.8) if key not in known else []
-        if near and near[0] not in value:
-            raise BadRecord('%s: missing, but there is %s; did you mean "%s"?' % (near[0], _quote(key), near[0]))
+        near = "" if key in known else _near(key, known)
+        if near and near not in value:
+            raise BadRecord('%s: missing, but there is %s; did you mean "%s"?' % (near, _quote(key), near))
     try:
         return msgspec.convert(value, struct)
     except msgspec.ValidationError as error:
         raise BadRecord(_plain(str(error))) from None
+
+
+@functools.lru_cache(maxsize=1024)
+def _near(key: str, known: Tuple[str, ...]) -> str:
+    """The known field that a key seems to mean, or ""."""
+    return (difflib.get_close_matches(key.lower(), known, 1, 0.8) + [""])[0]
 
 
 def _plain(message: str) -> str:

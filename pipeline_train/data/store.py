@@ -34,22 +34,18 @@ def prepare(config: RunConfig, codec: TextCodec, which: str, folder: Path, seq_l
         raise UserError("run.yaml: data.eval: is not set")
     tally = Tally(path, config.data.on_bad)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    encoder = Encoder(config, codec, seq_len, folder, which)
-    done = False
     try:
-        for record in read(path, config.data.on_bad, tally):
-            encoder.add(record, tally)
-        result = encoder.finish(tally)
-        done = True
-    finally:
-        if not done:
-            encoder.abandon()
-    return result
+        folder.mkdir(parents=True, exist_ok=True)
+        with Encoder(config, codec, seq_len, folder, which) as encoder:
+            for record in read(path, config.data.on_bad, tally):
+                encoder.add(record, tally)
+            return encoder.finish(tally)
+    except OSError as error:  # the data file's own are reported by read
+        raise UserError("%s: the encoded data cannot be written: %s" % (folder, error.strerror or error)) from None
 
 
 class Encoder:
-    """Writes the samples of one file."""
+    """Writes the samples of one file; as a context it removes unfinished files."""
 
     def __init__(self, config: RunConfig, codec: TextCodec, seq_len: int, folder: Path, which: str) -> None:
         self.config, self.codec, self.seq_len, self.folder, self.which = config, codec, seq_len, folder, which
@@ -66,7 +62,14 @@ class Encoder:
         self.counts = {"truncated": 0, "dropped": 0, "continued": 0, "nothing_to_learn": 0}
         self.kinds: Dict[str, int] = {}
         self.too_long: List[str] = []
-        self.hash = hashlib.sha256()
+        self.hashes = {name: hashlib.sha256() for name in self.files}
+
+    def __enter__(self) -> "Encoder":
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        for file in self.files.values():
+            file.abandon()
 
     def add(self, record: Record, tally: Tally) -> None:
         try:
@@ -116,16 +119,24 @@ class Encoder:
         return start
 
     def _flush(self) -> None:
-        ids = self.files["ids"].append(self.ids)
-        learn = self.files["learn"].append(self.learn)
-        offsets = self.files["offsets"].append(self.offsets)
-        for array in (ids, learn, offsets):
-            self.hash.update(array.tobytes())
+        ids = self._write("ids", self.ids)
+        learn = self._write("learn", self.learn)
+        self._write("offsets", self.offsets)
         self.written += len(ids)
         self.learnt += int(learn.sum())
         # A learnt end token with a learnt token behind it stands inside an answer or a text.
         self.stops_inside += int((np.isin(ids[:-1], self.codec.stop_ids) & learn[:-1] & learn[1:]).sum())
         self.ids, self.learn, self.offsets = [], [], []
+
+    def _write(self, name: str, rows: List[Any]) -> np.ndarray:
+        array = self.files[name].append(rows)
+        self.hashes[name].update(array.tobytes())
+        return array
+
+    def _hash(self) -> str:
+        """Of all that is trained on, and of what made it."""
+        parts = [h.hexdigest() for h in self.hashes.values()] + [self.codec.identity(), self.seq_len]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
 
     def finish(self, tally: Tally) -> Dict[str, Any]:
         data = self.config.data
@@ -145,20 +156,15 @@ class Encoder:
         for file in self.files.values():
             file.close()
         lengths = np.asarray(load(self.folder / (self.which + ".offsets.npy"))[:, 1])
-        self.hash.update(json.dumps([self.codec.identity(), self.seq_len], sort_keys=True).encode("utf-8"))
         result = {
             "file": tally.path, "records": tally.records, "bad": tally.bad, "bad_lines": tally.messages, "kinds": self.kinds,
             "samples": len(lengths), "tokens": int(lengths.sum()), "learnt_tokens": self.learnt, "seq_len": self.seq_len,
-            "over_long": data.over_long, **self.counts, "lengths": _lengths(lengths), "hash": self.hash.hexdigest(),
+            "over_long": data.over_long, **self.counts, "lengths": _lengths(lengths), "hash": self._hash(),
             "codec": self.codec.identity(), "warnings": self._warnings(tally),
         }  # fmt: skip
         text = json.dumps(result, ensure_ascii=False, indent=1)
         (self.folder / (self.which + ".json")).write_text(text + "\n", encoding="utf-8")
         return result
-
-    def abandon(self) -> None:
-        for file in self.files.values():
-            file.abandon()
 
     def _warnings(self, tally: Tally) -> List[str]:
         found = list(self.codec.notes)

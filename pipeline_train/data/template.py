@@ -56,6 +56,11 @@ class TurnEnd(NamedTuple):
     token: str
     tail: str
 
+    @property
+    def before(self) -> str:
+        """What comes between the answer and the token, usually nothing."""
+        return self.text[: len(self.text) - len(self.token)]
+
 
 class TemplateRefused(ValueError):
     """The template cannot render these messages; the message says why."""

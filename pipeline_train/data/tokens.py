@@ -64,10 +64,10 @@ def stop_adding_bos(tokenizer: Any) -> bool:
 
 def special_texts(tokenizer: Any) -> List[str]:
     """Every special token of the vocabulary as text."""
-    known = getattr(tokenizer, "added_tokens_decoder", None)
-    if known is None:  # transformers before 4.34
-        return sorted(set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab()))
-    return sorted(set(tokenizer.all_special_tokens) | {t.content for t in known.values() if t.special})
+    known = list(getattr(tokenizer, "added_tokens_decoder", {}).values())
+    if known and not isinstance(known[0], str):
+        return sorted(set(tokenizer.all_special_tokens) | {t.content for t in known if t.special})
+    return sorted(set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab()))  # transformers before 4.34
 
 
 def template_tokens(tokenizer: Any) -> Dict[str, str]:
