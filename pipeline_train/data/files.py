@@ -50,7 +50,7 @@ def _jsonl(path: Path, add_bad: AddBad) -> Iterator[Value]:
                 raise UserError("%s: is one JSON list, not a record per line; rename it to .json" % path)
             where = "%s:%d" % (path, number)
             try:
-                value = _line(line)
+                value = _line(line.rstrip(b"\r\n"))
             except ValueError as error:
                 add_bad(where, str(error))
             else:
