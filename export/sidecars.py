@@ -13,6 +13,7 @@ PATTERNS = (
     "generation_config.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 TEMPLATE_FOLDER = "additional_chat_templates"  # named templates, as transformers 4.5x writes them
+OLD_CLASSES = {"LLaMATokenizer": "LlamaTokenizer"}  # the first converter's name, which no released transformers knows
 TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -56,7 +57,7 @@ def export_config(config: Dict[str, Any], family: ModelFamily, dims: Dims, dtype
 
 
 def finish(folder: Path, config: Dict[str, Any]) -> None:
-    """Write config.json; a generation config where there is none; the chat template into tokenizer_config.json too.
+    """Write config.json; a generation config where there is none; mend tokenizer_config.json (template, class name).
 
     chat_template.jinja is what transformers reads first, tokenizer_config.json all that TGI 3.3 reads: they must agree.
     """
@@ -65,11 +66,15 @@ def finish(folder: Path, config: Dict[str, Any]) -> None:
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
         write_json(folder / "generation_config.json", dict(ids, _from_model_config=True))
     jinja, tokenizer = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if jinja.exists() and tokenizer.exists():
+    if tokenizer.exists():
         settings = read_json(tokenizer)
-        template = jinja.read_text(encoding="utf-8")
-        if settings.get("chat_template") != template:
-            write_json(tokenizer, dict(settings, chat_template=template))
+        better = dict(settings)
+        if jinja.exists():
+            better["chat_template"] = jinja.read_text(encoding="utf-8")
+        if settings.get("tokenizer_class") in OLD_CLASSES:
+            better["tokenizer_class"] = OLD_CLASSES[settings["tokenizer_class"]]
+        if better != settings:
+            write_json(tokenizer, better)
 
 
 def read_json(path: Path) -> Dict[str, Any]:

@@ -165,7 +165,7 @@ def _arithmetic(source: Source, target: Source, texts: Optional[List[str]], tole
     """Hidden states of every layer and logits: our blocks on the checkpoint against transformers on the export."""
     from . import forward
 
-    rows = forward.random_ids(source.dims)
+    rows = [forward.random_ids(source.dims)]
     used: List[str] = []
     if any(name.startswith("tokenizer") for name in sidecars.names(target.folder)):
         used = list(forward.TEXTS if texts is None else texts)
@@ -178,7 +178,8 @@ def _arithmetic(source: Source, target: Source, texts: Optional[List[str]], tole
     found: List[Dict[str, Any]] = []
     for (layer, what), ours in forward.our_states(source, dtypes, rows):
         found.append(dict({"layer": layer, "what": what}, **forward.difference(ours, theirs.pop((layer, what)))))
-    proof["layers"], proof["logits"] = found[:-1], found[-1]
+    shown = [{key: None if value != value else value for key, value in row.items()} for row in found]  # JSON has no NaN
+    proof["layers"], proof["logits"] = shown[:-1], shown[-1]
     return _beyond(found, tolerance)
 
 
