@@ -116,4 +116,5 @@ def forget_gguf(tokenizer: Any) -> None:
         is_gguf = False
     if is_gguf:
         tokenizer.vocab_file = None
-        tokenizer.init_kwargs.pop("vocab_file", None)
+        for key in ("vocab_file", "add_prefix_space"):  # the second makes llama tokenizers ask for the sentencepiece model
+            tokenizer.init_kwargs.pop(key, None)
