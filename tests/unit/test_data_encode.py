@@ -303,3 +303,18 @@ def test_an_end_token_that_swallows_text_around_it_is_refused(folder):
     tokenizer.add_tokens([AddedToken("<|im_end|>\n<|im_start|>", special=True)])
     with pytest.raises(UserError, match="does not keep <|im_end|> apart from the text around it"):
         TextCodec(tokenizer)
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["default", "chatml"])
+@pytest.mark.parametrize("kind", ["spm-slow", "spm-new"])
+def test_a_slow_tokenizer_is_trained_as_a_slow_server_sees_it(folder, kind, chat):
+    """Servers of the 0.8 age read llama tokenizers with the slow class."""
+    codec = TextCodec(AutoTokenizer.from_pretrained(folder(kind, chat), use_fast=False))
+    server = AutoTokenizer.from_pretrained(folder(kind, chat), use_fast=False)
+    assert not server.is_fast
+    for item in RECORDS:
+        sequence = codec.encode(item)
+        messages = messages_of(item.kind, item.fields, chat)
+        asked = [messages[:i] for i, m in enumerate(messages) if m["role"] == "assistant"]
+        for (start, _), turn, before in zip(answers(sequence), codec.format.turns(item.kind, item.fields), asked):
+            assert server(turn.prompt, add_special_tokens=not chat)["input_ids"] == sequence.ids[:start] == codec.chat_ids(before)
