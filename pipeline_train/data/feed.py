@@ -124,6 +124,7 @@ class Feed:
 
     def _place(self, step: int) -> "tuple[int, int]":
         """(epoch, step within it)."""
+        assert step >= 0, step
         epoch = 0
         while step >= self.steps_in_epoch(epoch):
             step -= self.steps_in_epoch(epoch)
