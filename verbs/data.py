@@ -15,13 +15,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
     import os
 
-    from pipeline_train import config, families, weights
+    from pipeline_train import config, families
     from pipeline_train.data import report
     from pipeline_train.data.encode import TextCodec
     from pipeline_train.data.store import default_seq_len
 
     loaded = config.load(args.config, tuple(args.set))
-    folder = weights.resolve(loaded.model.path, weights=False)
+    folder = _folder(loaded.model.path)
     raw = families.read_config(str(folder))
     dims = families.dims_of(raw)
     config.check_against_model(loaded, dims.layers, dims.max_positions, Path(args.config).name)
@@ -43,6 +43,14 @@ def text(document: Dict[str, Any]) -> str:
     from pipeline_train.data import report
 
     return report.text(document)
+
+
+def _folder(path: str) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    from pipeline_train import weights  # imports torch, which nothing else here needs
+
+    return weights.resolve(path, weights=False)
 
 
 def _describe(loaded: Any, codec: Any, which: str, seq_len: int) -> Dict[str, Any]:

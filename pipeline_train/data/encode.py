@@ -234,13 +234,13 @@ def _chosen_template(template: str, shipped: Optional[str]) -> Optional[str]:
 
 def _generation_config(path: str) -> Dict[str, Any]:
     """generation_config.json of a folder or hub model; {} when there is none."""
-    from transformers import GenerationConfig
-
     folder = Path(path)
     try:
         if folder.is_dir():
             found = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
             return found if isinstance(found, dict) else {}
+        from transformers import GenerationConfig
+
         return dict(GenerationConfig.from_pretrained(path).to_diff_dict())
     except (OSError, ValueError):
         return {}

@@ -208,7 +208,8 @@ def test_over_long_dropped_or_refused(tmp_path, codec):
 @pytest.mark.parametrize(
     "values, seq_len, why",
     [
-        ([{"type": "conversation", "rounds": [["ask", "a"]]}], 128, "1 records (0 truncated, 0 dropped, 0 continued, 1 nothing to learn)"),
+        ([{"type": "conversation", "rounds": [["ask", "a"]]}], 128,
+         "1 records (0 truncated, 0 dropped, 0 continued, 1 nothing to learn)"),
         ([{"type": "pretrain", "text": " "}] * 3, 128, "nothing to learn in 3 records"),
         ([DEEP, DEEP], 64, "in 2 records (2 truncated, 0 dropped, 0 continued, 2 nothing to learn)"),
     ],
