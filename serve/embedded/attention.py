@@ -1,0 +1,73 @@
+"""Attention over the slot cache, as an attention function of transformers' models.
+
+On the CPU each row of a decode step attends to exactly its own columns, so its result cannot depend on the batch; the query heads
+that share a key head are taken together, so grouped keys are never copied. On a GPU it is one masked call for all rows.
+"""
+
+from typing import Any, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from transformers import AttentionInterface
+
+from .cache import SlotCache, Step
+
+
+def register(name: str, cache: SlotCache) -> None:
+    """Make ``model.set_attn_implementation(name)`` mean attention over ``cache``. Such a model is given no mask by transformers."""
+
+    def attend(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Optional[Tensor],
+        scaling: Optional[float] = None,
+        dropout: float = 0.0,
+        sliding_window: Optional[int] = None,
+        **more: Any,
+    ) -> Tuple[Tensor, None]:
+        """query [B, H, n, D], key and value [B, Hkv, width, D] -> [B, n, H, D]."""
+        unknown = [what for what in ("softcap", "s_aux", "position_bias") if more.get(what) is not None]
+        if unknown:
+            raise NotImplementedError("attention with %s" % unknown[0])
+        step = cache.step
+        assert step is not None
+        out = (_decode if step.decode else _prefill)(query, key, value, step, scaling, sliding_window)
+        return out, None
+
+    AttentionInterface.register(name, attend)
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: Optional[float], window: Optional[int]) -> Tensor:
+    rows, heads, _, size = q.shape
+    q = q.reshape(rows, k.shape[1], heads // k.shape[1], size)
+    if q.device.type == "cpu":
+        out = q.new_empty(rows, k.shape[1], heads // k.shape[1], v.shape[3])
+        for row, start in enumerate(step.starts):
+            last = start + 1
+            first = max(0, last - window) if window else 0
+            one = slice(row, row + 1)
+            out[row] = sdpa(q[one], k[one, :, first:last], v[one, :, first:last], scale=scale)[0]
+    else:
+        column = torch.arange(step.width, device=q.device)
+        seen = column <= step.columns[:, None]
+        if window:
+            seen = seen & (column > step.columns[:, None] - window)
+        out = sdpa(q, k, v, attn_mask=seen[:, None, None, :], scale=scale)
+    return out.reshape(rows, 1, heads, v.shape[3])
+
+
+def _prefill(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: Optional[float], window: Optional[int]) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if step.starts[0] == 0 and not (window and window < step.width):
+        return sdpa(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+    place = torch.arange(step.starts[0], step.width, device=q.device)[:, None]
+    column = torch.arange(step.width, device=q.device)
+    seen = column <= place
+    if window:
+        seen = seen & (column > place - window)
+    return sdpa(q, k, v, attn_mask=seen, scale=scale).transpose(1, 2)

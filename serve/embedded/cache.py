@@ -1,0 +1,110 @@
+"""Keys and values of all running requests: one row per request, its tokens at columns 0..length-1, whatever the others do.
+
+row 0   k0 k1 k2 k3 k4 __ __ __      A request keeps its columns for its whole life, so nothing about it depends on who else is
+row 1   k0 k1 __ __ __ __ __ __      there. Joining is writing into the next free row; leaving is copying the last row into the
+row 2   k0 k1 k2 __ __ __ __ __      hole. The tables grow by doubling and are dropped when nobody runs.
+"""
+
+from dataclasses import dataclass
+from typing import Any, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+COLUMNS = 64  # widths are multiples of this, so that sums over a row see the same grouping in any company
+
+
+@dataclass
+class Step:
+    """The forward pass that is under way.
+
+    ``count`` new tokens for each of the rows ``first``..``first + len(starts) - 1``, the row's at columns ``starts[i]``.. ;
+    ``width``: columns that attention sees. ``decode``: many rows with one token each, else one row with a piece of its prompt.
+    """
+
+    first: int
+    starts: List[int]
+    count: int
+    decode: bool
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        last = max(self.starts) + self.count
+        self.width = -(-last // COLUMNS) * COLUMNS if self.decode else last
+        self.columns = torch.tensor(self.starts, device=self.device)
+        self.rows = torch.arange(self.first, self.first + len(self.starts), device=self.device)
+
+
+class SlotCache(Cache):
+    """What transformers' models call ``past_key_values``. Set ``step`` before each forward pass."""
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.step: Optional[Step] = None
+        self._keys: List[Tensor] = []
+        self._values: List[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None) -> Tuple[Tensor, Tensor]:
+        """Store [rows, kv_heads, count, head_dim] of one layer -> what attention may see, [rows, kv_heads, width, head_dim]."""
+        assert self.step is not None
+        while len(self._keys) <= layer_idx:
+            self._keys.append(key_states.new_empty(0))
+            self._values.append(value_states.new_empty(0))
+        return (
+            self._store(self._keys, layer_idx, key_states, self.step),
+            self._store(self._values, layer_idx, value_states, self.step),
+        )
+
+    @staticmethod
+    def _store(tables: List[Tensor], layer: int, new: Tensor, step: Step) -> Tensor:
+        rows = step.first + len(step.starts)
+        table = tables[layer] = _grown(tables[layer], new, rows, step.width)
+        if step.decode:
+            table[step.rows, :, step.columns] = new[:, :, 0]
+        else:
+            table[step.first, :, step.starts[0] : step.starts[0] + step.count] = new[0]
+        return table[step.first : rows, :, : step.width]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` columns of a row over another row, in every layer."""
+        for table in self._keys + self._values:
+            table[target, :, :length] = table[source, :, :length]
+
+    def clear(self) -> None:
+        self._keys, self._values, self.step = [], [], None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one column of one row over all layers; 0 before the first forward pass."""
+        return sum(table.shape[1] * table.shape[3] * table.element_size() for table in self._keys + self._values)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns in front of the new ones, as the mask code of transformers counts."""
+        return 0 if self.step is None else self.step.width - self.step.count
+
+    def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> Tuple[int, int]:
+        assert self.step is not None
+        return self.step.width, 0
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return -1
+
+
+def _grown(table: Tensor, new: Tensor, rows: int, columns: int) -> Tensor:
+    """``table`` if it is large enough, else a copy at least twice as large in the dimension that was short."""
+    have_rows, have_columns = (table.shape[0], table.shape[2]) if table.dim() == 4 else (0, 0)
+    if rows <= have_rows and columns <= have_columns:
+        return table
+    more_rows = max(have_rows, 1)
+    while more_rows < rows:
+        more_rows *= 2
+    more_columns = max(have_columns, COLUMNS)
+    while more_columns < columns:
+        more_columns *= 2
+    grown = new.new_zeros(more_rows, new.shape[1], more_columns, new.shape[3])
+    if have_rows:
+        grown[:have_rows, :, :have_columns] = table
+    return grown

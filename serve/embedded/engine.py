@@ -1,0 +1,156 @@
+"""A causal language model of transformers, run by rows: prefill one row's prompt piece by piece, decode one token for all rows.
+
+Before it serves, every model shows that this gives the logits of a plain forward pass (``_settle``).
+"""
+
+import inspect
+from typing import Any, Dict, List, Optional
+
+import torch
+from torch import Tensor
+
+from pipeline_train.errors import RunFailed, UserError
+
+from . import attention, packed
+from .cache import COLUMNS, SlotCache, Step
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
+
+
+class Engine:
+    """``vocab``: logits per row; ``max_positions``: tokens a row may have; ``device_name``; ``dtype``; ``kv_bytes`` per token."""
+
+    def __init__(
+        self, folder: str, dtype: Optional[str] = None, revision: Optional[str] = None, trust_remote_code: bool = False
+    ) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = _load(folder, dtype, self.device, revision, trust_remote_code)
+        config = self.model.config
+        self.dtype = next(self.model.parameters()).dtype
+        self.vocab = int(self.model.get_output_embeddings().weight.shape[0])
+        self.max_positions = _positions(config)
+        self.generation_eos = self.model.generation_config.eos_token_id if self.model.generation_config else config.eos_token_id
+        self._arguments = set(inspect.signature(self.model.forward).parameters)
+        self._cache = SlotCache()
+        self._own_attention = bool(getattr(self.model, "_supports_attention_backend", False))
+        self._keep = 1
+        self.kv_bytes = 0
+        with torch.inference_mode():
+            self._settle()
+
+    def prefill(self, row: int, ids: List[int], start: int, all_logits: bool = False) -> Tensor:
+        """Read ``ids`` at columns ``start``.. of ``row`` -> logits float [1, V] behind the last, or [n, V] behind each."""
+        self._keep = len(ids) if all_logits else 1
+        step = Step(row, [start], len(ids), False, self.device)
+        return self._forward(torch.tensor([ids], device=self.device), step)[0]
+
+    def decode(self, tokens: List[int], lengths: List[int]) -> Tensor:
+        """Add one token to each of the rows 0..B-1, which hold ``lengths`` tokens -> logits float [B, V]."""
+        self._keep = 1
+        step = Step(0, lengths, 1, True, self.device)
+        return self._forward(torch.tensor(tokens, device=self.device)[:, None], step)[:, 0]
+
+    @property
+    def attention(self) -> str:
+        return "our own" if self._own_attention else "the model's own"
+
+    def move(self, source: int, target: int, length: int) -> None:
+        self._cache.move(source, target, length)
+
+    def clear(self) -> None:
+        self._cache.clear()
+
+    def _forward(self, ids: Tensor, step: Step) -> Tensor:
+        self._cache.step = step
+        span = torch.arange(step.count, device=self.device)
+        inputs: Dict[str, Any] = {"input_ids": ids, "past_key_values": self._cache, "use_cache": True}
+        if "position_ids" in self._arguments:
+            inputs["position_ids"] = step.columns[:, None] + span
+        if "cache_position" in self._arguments:
+            inputs["cache_position"] = step.width - step.count + span
+        if not self._own_attention:
+            last = step.columns[:, None] + step.count
+            inputs["attention_mask"] = (torch.arange(step.width, device=self.device) < last).long()
+        return self.model(**inputs).logits.float()
+
+    def _settle(self) -> None:
+        """Switch to our attention and, on a CPU, packed weights; keep them if the model still computes the same."""
+        samples = _samples(self.vocab)
+        wanted = [
+            self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, -3:].float() for ids in samples
+        ]
+        usual = self.model.config._attn_implementation
+        if self.device.type == "cpu" and packed.available():
+            packed.pack(self.model)
+        self.model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0][:, -self._keep :],) + args[1:])
+        if self._own_attention:
+            name = "pipedock-%d" % id(self._cache)
+            attention.register(name, self._cache)
+            self.model.set_attn_implementation(name)
+            if self._same(samples, wanted) is None:
+                return
+            self._own_attention = False
+            self.model.set_attn_implementation(usual)
+        window = getattr(self.model.config, "sliding_window", None)
+        if window and getattr(self.model.config, "use_sliding_window", True):
+            # Rows of different lengths would need windows of their own: stay inside the window, where it hides nothing.
+            self.max_positions = min(self.max_positions, int(window) // COLUMNS * COLUMNS)
+        problem = self._same(samples, wanted)
+        if problem is not None:
+            raise RunFailed("%s: models of type %s cannot be served in batches here" % (problem, self.model.config.model_type))
+
+    def _same(self, samples: List[List[int]], wanted: List[Tensor]) -> Optional[str]:
+        """None when prefill and two decode steps of all samples together give ``wanted``, else what went wrong."""
+        worst = 0.0
+        try:
+            got = [[self.prefill(row, ids[:-2], 0)[0]] for row, ids in enumerate(samples)]
+            for back in (2, 1):
+                logits = self.decode([ids[-back] for ids in samples], [len(ids) - back for ids in samples])
+                for row, values in enumerate(logits):
+                    got[row].append(values)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            return str(error)
+        finally:
+            self.kv_bytes = self._cache.bytes_per_token
+            self.clear()
+        for mine, theirs in zip(got, wanted):
+            worst = max(worst, float((torch.stack(mine) - theirs).abs().max() / theirs.abs().max()))
+        limit = TOLERANCE[self.dtype]
+        return None if worst <= limit else "batched logits are %.1e away from a plain forward pass (allowed %.0e)" % (worst, limit)
+
+
+def _load(folder: str, dtype: Optional[str], device: torch.device, revision: Optional[str], trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+    if dtype is not None:
+        chosen = DTYPES[dtype]
+    elif device.type == "cpu":
+        chosen = torch.float32
+    else:
+        stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+        chosen = stored if stored in (torch.float16, torch.bfloat16) else torch.float16
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=chosen, revision=revision, trust_remote_code=trust_remote_code, output_loading_info=True
+    )
+    model, report = loaded
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
+    if missing:
+        raise UserError(
+            "%s: %d weights are missing, the first is %s; a model with random weights is not served"
+            % (folder, len(missing), missing[0])
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _positions(config: Any) -> int:
+    for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
+        if getattr(config, key, None):
+            return int(getattr(config, key))
+    return 2048
+
+
+def _samples(vocab: int) -> List[List[int]]:
+    """Two fixed prompts of different lengths."""
+    return [[(7 * place * place + 3 * place + 5) % vocab for place in range(length)] for length in (9, 4)]

@@ -1,0 +1,126 @@
+"""Text to token ids and back: the folder's tokenizer, its chat template, and text that appears token by token."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from jinja2 import TemplateError
+
+from .errors import bad_template
+
+INCOMPLETE = "\ufffd"  # what a decoder shows for the first bytes of a character whose last ones have not come yet
+CONTEXT = 5  # tokens of the prompt decoded together with the first new one, so that its leading space is right
+
+
+class Text:
+    """The tokenizer of a model folder (or hub name).
+
+    ``stop_ids``: where generation ends: the tokenizer's EOS and everything generation_config.json calls EOS.
+    """
+
+    def __init__(self, folder: str, trust_remote_code: bool = False, tokenizer_config: Optional[str] = None) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        self.fast = bool(self.tokenizer.is_fast)
+        if self.fast:  # a tokenizer.json may carry the padding and truncation of its training
+            self.tokenizer.backend_tokenizer.no_truncation()
+            self.tokenizer.backend_tokenizer.no_padding()
+        self.template = _template(self.tokenizer, tokenizer_config)
+        self.special_ids = frozenset(self.tokenizer.all_special_ids)
+        self.stop_ids = frozenset([self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else [])
+        self._lock = threading.Lock()
+
+    def add_stop_ids(self, eos: Any) -> None:
+        """``eos``: what a generation config has as eos_token_id: None, an id or a list."""
+        more = eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
+        self.stop_ids = self.stop_ids | frozenset(int(one) for one in more)
+
+    def encode(self, text: str, special: bool) -> List[int]:
+        """Token ids; ``special``: with what the tokenizer adds by itself (BOS). Safe to call from several threads."""
+        if self.fast:
+            return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=special).ids)
+        with self._lock:
+            return list(self.tokenizer.encode(text, add_special_tokens=special))
+
+    def offsets(self, text: str, special: bool) -> List[Tuple[int, str, int, int]]:
+        """(id, text, start, stop) of each token, in characters; a slow tokenizer knows no places: empty text, 0, 0."""
+        if not self.fast:
+            return [(one, "", 0, 0) for one in self.encode(text, special)]
+        coded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=special)
+        return [(one, text[start:stop], start, stop) for one, (start, stop) in zip(coded.ids, coded.offsets)]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Exactly what the tokens say: no space is tidied away."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+
+    def render(self, messages: List[Dict[str, Any]]) -> str:
+        """The prompt of a conversation. A trailing assistant message is continued, otherwise the assistant's turn is opened."""
+        if not self.template:
+            raise bad_template("template not found")
+        plain = [_plain(message) for message in messages]
+        goes_on = bool(plain) and plain[-1]["role"] == "assistant"
+        try:
+            return self.tokenizer.apply_chat_template(
+                plain,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=not goes_on,
+                continue_final_message=goes_on,
+            )
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise bad_template(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _template(tokenizer: Any, config_path: Optional[str]) -> Optional[str]:
+    """chat_template of ``config_path`` when given, else the tokenizer's own; of several named ones, ``default``."""
+    found = tokenizer.chat_template
+    if config_path is not None:
+        found = json.loads(Path(config_path).read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}
+    return found.get("default") if isinstance(found, dict) else found
+
+
+def _plain(message: Dict[str, Any]) -> Dict[str, Any]:
+    """A checked chat message -> what templates read: role and content as one string (and the name, if any)."""
+    content = message.get("content")
+    if isinstance(content, list):
+        if any("image_url" in chunk for chunk in content):
+            raise bad_template("images are not supported by this model")
+        content = "".join(chunk["text"] for chunk in content)
+    if content is None:
+        content = json.dumps(message["tool_calls"], ensure_ascii=False, separators=(",", ":"))
+    plain = {"role": message["role"], "content": content}
+    return {**plain, "name": message["name"]} if message.get("name") else plain
+
+
+class Spelling:
+    """The text of each new token, given everything before it.
+
+    Neither a sentencepiece space nor a character of several tokens can be read off one token. So two growing windows are decoded:
+    the tokens whose text is already out, and those plus the new ones; what the second has more is the new text. It waits
+    (``""``) while it ends inside a character. The windows move on with every text that comes out, so the cost stays flat.
+    """
+
+    def __init__(self, text: Text, prompt: Sequence[int]) -> None:
+        self._text, self._ids = text, list(prompt)
+        self._prompt_length = self._done = len(self._ids)
+        self._start = max(0, self._done - CONTEXT)
+
+    def add(self, token: int) -> str:
+        self._ids.append(token)
+        before = self._text.decode(self._ids[self._start : self._done])
+        after = self._text.decode(self._ids[self._start :])
+        if len(after) <= len(before) or after.endswith(INCOMPLETE):
+            return ""
+        self._start, self._done = self._done, len(self._ids)
+        return after[len(before) :]
+
+    def whole(self) -> str:
+        """All new text without special tokens; a character that never became complete is left out."""
+        start = max(0, self._prompt_length - 1)
+        before = self._text.decode(self._ids[start : self._prompt_length], skip_special=True)
+        after = self._text.decode(self._ids[start:], skip_special=True)
+        return after[len(before) :].rstrip(INCOMPLETE)
