@@ -29,7 +29,7 @@ def output_folder(output: str, needed: int, overwrite: bool = False) -> Iterator
         partial.mkdir()
         free = shutil.disk_usage(str(partial)).free
     except OSError as error:
-        raise UserError("%s: cannot be made: %s" % (output, error.strerror)) from None
+        raise UserError("%s: cannot be made: %s: %s" % (output, error.filename, error.strerror)) from None
     try:
         if free < needed:
             raise UserError("%s: needs %.2f GiB, only %.2f GiB are free there" % (output, needed / 2**30, free / 2**30))

@@ -1,0 +1,209 @@
+"""What an export writes: shards, index, folders that appear whole, the files beside the weights."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from export import aside, shards, sidecars
+from export.aside import MARKER, output_folder
+from export.measure import Meter, peak_gib, print_progress
+from export.shards import Item, ShardWriter
+from pipeline_train import families
+from pipeline_train.errors import RunFailed, UserError
+from tests.models import LLAMA3_SCALING, tiny_config
+
+TENSORS = {
+    "half": torch.randn(3).half(),
+    "wide": torch.randn(5, 7),
+    "b": torch.randn(4, 2, dtype=torch.float32).bfloat16(),
+    "scalar": torch.tensor(1.5),
+    "none": torch.zeros(0, 3),
+}
+DTYPES = {torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+def test_our_safetensors_are_the_librarys(tmp_path):
+    """Read back by the safetensors library, every tensor aligned to its own width, metadata as transformers 4.30 wants it."""
+    items = [Item(name, DTYPES[t.dtype], tuple(t.shape)) for name, t in TENSORS.items()]
+    ((name, items),) = shards.plan(items, 10**9)
+    assert name == "model.safetensors" and [item.name for item in items] == ["wide", "scalar", "none", "half", "b"]
+    with ShardWriter(tmp_path / name, items) as writer:
+        for item in items:
+            flat = TENSORS[item.name].reshape(-1)
+            writer.write(item.name, [flat[:2], flat[2:]])
+    read = load_file(str(tmp_path / name))
+    assert set(read) == set(TENSORS) and all(torch.equal(read[n], t) and read[n].dtype == t.dtype for n, t in TENSORS.items())
+    with safe_open(str(tmp_path / name), "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    data = (tmp_path / name).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert length % 8 == 0
+    assert all(header[n]["data_offsets"][0] % t.element_size() == 0 for n, t in TENSORS.items() if t.numel())
+
+
+@pytest.mark.parametrize("name, pieces", [("other", [torch.zeros(2)]), ("a", [torch.zeros(1)]), ("a", [torch.zeros(2).half()])])
+def test_a_writer_takes_only_what_was_announced(tmp_path, name, pieces):
+    with pytest.raises(AssertionError):
+        with ShardWriter(tmp_path / "x.safetensors", [Item("a", "F32", (2,))]) as writer:
+            writer.write(name, pieces)
+    with pytest.raises(AssertionError):
+        with ShardWriter(tmp_path / "x.safetensors", [Item("a", "F32", (2,))]):
+            pass
+
+
+def test_shards_keep_the_order_and_the_limit(tmp_path):
+    items = [Item(str(n), "F32", (n,)) for n in (10, 20, 5, 100, 1, 1)]
+    planned = shards.plan(items, 120)
+    assert [[item.name for item in shard] for _, shard in planned] == [["10", "20"], ["5"], ["100"], ["1", "1"]]
+    assert planned[0][0] == "model-00001-of-00004.safetensors"
+    shards.write_index(tmp_path, planned)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * 137 and index["weight_map"]["100"] == "model-00003-of-00004.safetensors"
+
+
+@pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("1.5mb", 1500000), ("2GiB", 2**31), ("700", 700), (" 3 KB ", 3000)])
+def test_sizes(text, size):
+    assert shards.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "5 parsecs", "-1GB", "0", "1e3", "nan"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(UserError, match="--shard-size: .* is not a size; write it as 5GB, 500MB or 2GiB"):
+        shards.parse_size(text)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with output_folder(str(out), 10) as folder:
+        (folder / "a").write_text("1")
+        assert not out.exists()
+    assert [p.name for p in out.iterdir()] == ["a"] and os.listdir(str(out.parent)) == ["out"]
+    for error, expected in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left on device"), RunFailed)):
+        with pytest.raises(expected) as caught:
+            with output_folder(str(tmp_path / "two"), 10) as folder:
+                (folder / "a").write_text("1")
+                raise error
+        assert os.listdir(str(tmp_path)) == ["deep"]
+    assert str(caught.value) == "%s: writing failed: No space left on device" % (tmp_path / "two")
+
+
+def test_the_rest_of_a_killed_run_is_removed(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "old").write_text("1")
+    (tmp_path / "out").mkdir()  # empty: fine
+    with output_folder(str(tmp_path / "out"), 1):
+        pass
+    assert os.listdir(str(tmp_path)) == ["out"] and os.listdir(str(tmp_path / "out")) == []
+
+
+def enter(path, needed=1, overwrite=False):
+    with pytest.raises(UserError) as caught:
+        with output_folder(str(path), needed, overwrite):
+            raise AssertionError("must not get here")
+    return str(caught.value)
+
+
+def test_outputs_that_are_refused(tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.tex").write_text("years of work")
+    assert enter(full) == "%s: exists and is not empty; name another --output or remove it" % full
+    assert "is not an export of pipedock (no pipedock-export.json), so --overwrite leaves it alone" in enter(full, overwrite=True)
+    assert "exists and is not a folder; name another --output" in enter(full / "thesis.tex")
+    assert "x: cannot be made: %s: File exists" % (full / "thesis.tex") in enter(full / "thesis.tex" / "x")
+    assert "needs 1048576.00 GiB, only " in enter(tmp_path / "new", needed=2**50)
+    assert (full / "thesis.tex").read_text() == "years of work" and os.listdir(str(tmp_path)) == ["full"]
+
+
+def test_overwrite_replaces_an_earlier_export_only_at_the_end(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    aside.write_marker(out, {"format": "pipedock-export/1"})
+    with pytest.raises(RuntimeError):
+        with output_folder(str(out), 1, overwrite=True):
+            raise RuntimeError
+    assert (out / MARKER).exists()
+    with output_folder(str(out), 1, overwrite=True) as folder:
+        (folder / "new").write_text("1")
+    assert os.listdir(str(out)) == ["new"] and os.listdir(str(tmp_path)) == ["out"]
+
+
+def test_sidecars_are_all_and_only_the_small_files(tmp_path):
+    kept = {
+        "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+        "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json",
+    }  # fmt: skip
+    for folder in ("source", "target", "gguf"):
+        (tmp_path / folder).mkdir()
+    for name in kept | {"config.json", "model.safetensors", "pytorch_model.bin", "README.md", "optimizer.pt"}:
+        (tmp_path / "source" / name).write_text("{}")
+    (tmp_path / "source" / "additional_chat_templates").mkdir()
+    (tmp_path / "source" / "additional_chat_templates" / "rag.jinja").write_text("x")
+    assert set(sidecars.copy(tmp_path / "source", tmp_path / "target")) == kept
+    assert (tmp_path / "target" / "additional_chat_templates" / "rag.jinja").read_text() == "x"
+    (tmp_path / "gguf" / "tokenizer.model").write_bytes(b"GGUF\x03\x00\x00\x00" + b"x" * 100)
+    assert sidecars.copy(tmp_path / "gguf", tmp_path / "target") == []
+
+
+def config_of(**changes):
+    config = tiny_config("llama", **changes)
+    config = {key: value for key, value in config.items() if value is not None}
+    return sidecars.export_config(config, families.family_of(config), families.dims_of(config), "BF16")
+
+
+def test_config_tells_the_truth():
+    config = config_of(architectures=["LLaMAForCausalLM"], tie_word_embeddings=None, transformers_version="4.27.0", dtype="float32")
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"] is False
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16" and config["transformers_version"] == "4.27.0"
+    assert "dtype" not in config_of()
+
+
+def test_rope_of_transformers_5_is_spelled_for_4_too():
+    """4 reads rope_theta only and would silently use 10000."""
+    config = config_of(rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    assert config["rope_theta"] == 5e5 and "rope_scaling" not in config and config["rope_parameters"]["rope_theta"] == 5e5
+    config = config_of(rope_theta=None, rope_parameters=dict(LLAMA3_SCALING, rope_theta=7e5))
+    assert config["rope_theta"] == 7e5 and config["rope_scaling"] == LLAMA3_SCALING
+    assert families.dims_of(config) == families.dims_of(dict(tiny_config("llama"), rope_theta=7e5, rope_scaling=LLAMA3_SCALING))
+
+
+def test_template_generation_config_and_class_name(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{{ new }}")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": "{{ old }}", "tokenizer_class": "LLaMATokenizer", "x": 1})
+    )
+    sidecars.finish(tmp_path, {"bos_token_id": 1, "eos_token_id": 2, "model_type": "llama"})
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings == {"chat_template": "{{ new }}", "tokenizer_class": "LlamaTokenizer", "x": 1}
+    made = json.loads((tmp_path / "generation_config.json").read_text())
+    assert made == {"bos_token_id": 1, "eos_token_id": 2, "_from_model_config": True}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    sidecars.finish(tmp_path, {"bos_token_id": 1})
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [2, 3]}
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UserError, match="tokenizer_config.json: expected a JSON object"):
+        sidecars.finish(tmp_path, {})
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer_config.json: cannot be read"):
+        sidecars.finish(tmp_path, {})
+
+
+def test_figures(capsys):
+    seen = []
+    meter = Meter(20, lambda done, total: seen.append((done, total)))
+    meter.add(15)
+    meter.add(5)
+    figures = meter.figures()
+    assert seen == [(15, 20), (20, 20)] and figures["bytes"] == 20 and figures["gb_per_s"] >= 0 and figures["peak_gib"] > 0.05
+    before, block = peak_gib(), torch.ones(2**26)
+    assert peak_gib() > before + 0.2 and block.numel()
+    show = print_progress("to-hf")
+    for done in range(0, 101):
+        show(done * 10**7, 10**9)
+    lines = capsys.readouterr().err.split("\n")
+    assert len(lines) == 12 and lines[0] == "to-hf: 0.00 of 1.00 GB" and lines[10] == "to-hf: 1.00 of 1.00 GB"
