@@ -4,6 +4,7 @@ bpe        byte-level BPE (GPT-2 style), no BOS added, eos ``<|endoftext|>``
 bpe-bos    the same, adding ``<s>`` in front of every text
 spm        sentencepiece BPE with byte fallback, llama style, fast (tokenizer.json and tokenizer.model), BOS added
 spm-slow   the same model as the folder of an old llama: tokenizer.model and no tokenizer.json
+spm-2023   the same, its special tokens marked "normalized": a text holds ``</s>`` only behind a blank
 spm-new    the same with ``legacy: false`` (no ``▁`` put after a special token)
 """
 
@@ -12,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any, Iterable, List, Optional, Union
 
-KINDS = ("bpe", "bpe-bos", "spm", "spm-slow", "spm-new")
+KINDS = ("bpe", "bpe-bos", "spm", "spm-slow", "spm-2023", "spm-new")
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -59,6 +60,8 @@ def tiny_tokenizer(
     if special:
         tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     tokenizer.save_pretrained(str(folder))
+    if kind == "spm-2023":
+        _normalize_special(folder)
     if chat_template is not None:
         path = folder / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -106,3 +109,21 @@ def _spm(folder: Path, corpus: List[str], vocab: int, kind: str) -> Any:
         return slow
     slow.save_pretrained(str(folder))
     return LlamaTokenizerFast.from_pretrained(str(folder), legacy=legacy)
+
+
+def _normalize_special(folder: Path) -> None:
+    """The files that transformers of 2023 wrote for a llama, under the class name that still reads them as they are."""
+    core = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in core["added_tokens"]:
+        token["normalized"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(core, ensure_ascii=False), encoding="utf-8")
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config.pop("added_tokens_decoder", None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+    marked = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    path = folder / "special_tokens_map.json"
+    special = json.loads(path.read_text(encoding="utf-8"))
+    for name, text in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")):
+        special[name] = dict(marked, content=text)
+    path.write_text(json.dumps(special, ensure_ascii=False), encoding="utf-8")

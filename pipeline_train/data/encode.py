@@ -7,6 +7,7 @@ the tokenizer adds (BOS); a model's own template goes through the chat route, wh
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Union
 
@@ -45,7 +46,10 @@ class TextCodec:
         self.name = name
         self.generation = dict(generation or {})
         self.notes: List[str] = []
+        self.sentencepiece: Optional[Path] = None  # a model file that belongs to the tokenizer, whether or not its class keeps it
         tokens.forget_gguf(tokenizer)
+        if tokens.find_special_anywhere(tokenizer):
+            self.notes.append("%s: special tokens were found only behind a blank; now they are found anywhere in a text" % name)
         shipped = _shipped_template(tokenizer)
         own = _chosen_template(template, shipped)
         lead = tokens.lead_ids(tokenizer, name)
@@ -81,7 +85,10 @@ class TextCodec:
         jinja = folder / "chat_template.jinja"
         if jinja.is_file() and not getattr(tokenizer, "chat_template", None):  # transformers before 4.44 do not know this file
             tokenizer.chat_template = jinja.read_text(encoding="utf-8")
-        return cls(tokenizer, template, path, _generation_config(path))
+        codec = cls(tokenizer, template, path, _generation_config(path))
+        if tokens.is_sentencepiece(folder / "tokenizer.model"):
+            codec.sentencepiece = folder / "tokenizer.model"
+        return codec
 
     @property
     def vocab_size(self) -> int:
@@ -190,9 +197,14 @@ class TextCodec:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.chat_template = self.chat_template
         self.tokenizer.save_pretrained(str(folder))
+        if self.sentencepiece is not None and not (folder / "tokenizer.model").exists():
+            shutil.copyfile(str(self.sentencepiece), str(folder / "tokenizer.model"))
         path = folder / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         config["chat_template"] = self.chat_template
+        for name in ("bos_token", "eos_token", "add_bos_token"):  # older transformers write what was loaded, not what was set
+            if getattr(self.tokenizer, name, None) is not None:
+                config[name] = getattr(self.tokenizer, name)
         _write_json(path, config)
         (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
         generation = {k: v for k, v in self.generation.items() if k not in ("_from_model_config", "transformers_version")}

@@ -1,5 +1,7 @@
 """Facts about a tokenizer object that its attributes do not tell, found by asking it. Works on transformers' slow and fast ones."""
 
+import json
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from ..errors import UserError
@@ -17,6 +19,29 @@ def raw(tokenizer: Any, text: str) -> Ids:
 def whole(tokenizer: Any, text: str) -> Ids:
     """The ids of a text as /generate sees it: with what the tokenizer adds."""
     return list(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
+
+
+def find_special_anywhere(tokenizer: Any) -> bool:
+    """Make special tokens count wherever a text holds them; -> whether that had to be done.
+
+    Llama tokenizers of 2023 look for the *normalized* ``▁</s>``: "b</s>" is not the end of a turn there but four other tokens,
+    and the second question of every conversation would follow an answer that never ended.
+    """
+    if not tokenizer.is_fast:
+        return False
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    special = [token for token in core["added_tokens"] if token["special"] and token["normalized"]]
+    if all(token["id"] in raw(tokenizer, "b%sb" % token["content"]) for token in special):
+        return False
+    from tokenizers import AddedToken, Tokenizer
+
+    for token in special:
+        token["normalized"] = False
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(core))
+    for name, text in tokenizer.special_tokens_map.items():
+        if isinstance(text, str):
+            setattr(tokenizer, name, AddedToken(text, normalized=False))
+    return True
 
 
 def lead_ids(tokenizer: Any, name: str) -> Ids:
@@ -104,17 +129,19 @@ def common_suffix(a: Ids, b: Ids) -> int:
     return n
 
 
-def forget_gguf(tokenizer: Any) -> None:
-    """A tokenizer read from a GGUF file takes that file for its sentencepiece model and would save a copy of all weights."""
-    path: Optional[str] = getattr(tokenizer, "vocab_file", None)
-    if not path:
-        return
+def is_sentencepiece(path: Path) -> bool:
+    """Whether a tokenizer.model is one: transformers writes a whole GGUF file, weights and all, under that name."""
     try:
-        with open(path, "rb") as handle:
-            is_gguf = handle.read(4) == GGUF
+        with path.open("rb") as handle:
+            return handle.read(4) != GGUF
     except OSError:
-        is_gguf = False
-    if is_gguf:
+        return False
+
+
+def forget_gguf(tokenizer: Any) -> None:
+    """A tokenizer read from a GGUF file takes that file for its sentencepiece model and would save a copy of it."""
+    path: Optional[str] = getattr(tokenizer, "vocab_file", None)
+    if path and not is_sentencepiece(Path(path)):
         tokenizer.vocab_file = None
         for key in ("vocab_file", "add_prefix_space"):  # the second makes llama tokenizers ask for the sentencepiece model
             tokenizer.init_kwargs.pop(key, None)

@@ -3,15 +3,17 @@
 import json
 
 import pytest
+import transformers
 from transformers import AutoTokenizer
 
 from pipeline_train.data import tokens
 from pipeline_train.data.encode import TextCodec
 from pipeline_train.data.records import Record
-from pipeline_train.data.template import TemplateRefused, instruct_prompt, messages_of
+from pipeline_train.data.template import TemplateRefused, instruct_prompt, messages_of, render
 from pipeline_train.errors import UserError
 from tests.tokenizers import CHATML, KINDS, TEXTS, tiny_tokenizer
 
+OLD = tuple(int(n) for n in transformers.__version__.split(".")[:2]) < (4, 34)
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
 ROUNDS = [
     ("ask", "What is the capital of France?"), ("ans", "Paris is the capital (of France)."), ("ask", "more"), ("ask", "你好"),
@@ -54,6 +56,14 @@ def answers(sequence):
     return [(i, learn.index(False, i)) for i in starts]
 
 
+def chat_route(server, messages):
+    """What a server makes of messages with the exported tokenizer alone."""
+    if not hasattr(server, "apply_chat_template"):  # transformers before 4.34; test_data_template has the renderer's own proof
+        text = render(server.init_kwargs["chat_template"], messages, True, tokens.template_tokens(server))
+        return server(text, add_special_tokens=False)["input_ids"]
+    return server.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
 @pytest.mark.parametrize("chat", [False, True], ids=["default", "chatml"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_turn_is_trained_on_what_the_server_will_see(folder, tmp_path, kind, chat):
@@ -69,8 +79,7 @@ def test_every_turn_is_trained_on_what_the_server_will_see(folder, tmp_path, kin
         messages = messages_of(item.kind, item.fields, chat)
         asked = [messages[:i] for i, m in enumerate(messages) if m["role"] == "assistant"]
         for (start, stop), turn, before in zip(spans, turns, asked):
-            chat_route = server.apply_chat_template(before, add_generation_prompt=True, tokenize=True, return_dict=False)
-            assert chat_route == sequence.ids[:start] == codec.chat_ids(before)
+            assert chat_route(server, before) == sequence.ids[:start] == codec.chat_ids(before)
             if not chat:
                 assert server(turn.prompt)["input_ids"] == sequence.ids[:start] == codec.prompt_ids(turn.prompt)
             assert sequence.ids[stop - 1] == codec.stop_ids[0] and codec.stop_ids[0] not in sequence.ids[start : stop - 1]
@@ -187,7 +196,7 @@ def test_an_eos_that_begins_turns_is_replaced_and_no_bos_is_put_before_it(tmp_pa
     tokenizer = chatml_with_wrong_eos(tmp_path / "a")
     assert tokenizer("a")["input_ids"][0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
     codec = TextCodec(tokenizer, "auto", "m")
-    assert codec.notes == [
+    assert codec.notes[-2:] == [  # before them, with transformers of 2023, the one about special tokens
         "m: its end-of-sequence token <|im_start|> does not end a turn; <|im_end|> does and replaces it",
         "m: its chat template has no BOS; the tokenizer no longer adds one",
     ]
@@ -199,6 +208,7 @@ def test_an_eos_that_begins_turns_is_replaced_and_no_bos_is_put_before_it(tmp_pa
     assert default.tokenizer.eos_token == "<|im_end|>" and default.stop_ids == [default.eos_id]
 
 
+@pytest.mark.skipif(OLD, reason="transformers of this age cannot read GGUF")
 def test_a_gguf_file_is_never_saved_as_the_sentencepiece_model(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\0" * 1000)
     codec = TextCodec(chatml_with_wrong_eos(tmp_path / "a", vocab_file=str(tmp_path / "model.gguf")))
@@ -300,7 +310,7 @@ def test_an_end_token_that_swallows_text_around_it_is_refused(folder):
     from tokenizers import AddedToken
 
     tokenizer = AutoTokenizer.from_pretrained(folder("bpe", True))
-    tokenizer.add_tokens([AddedToken("<|im_end|>\n<|im_start|>", special=True)])
+    tokenizer.add_tokens([AddedToken("<|im_end|>\n<|im_start|>", normalized=False)], special_tokens=True)
     with pytest.raises(UserError, match="does not keep <|im_end|> apart from the text around it"):
         TextCodec(tokenizer)
 

@@ -262,13 +262,15 @@ def test_what_a_template_refuses_is_a_bad_record(tmp_path, codec, tmp_path_facto
     assert (statistics["records"], statistics["bad"]) == (1, 1)
 
 
-def test_warnings_once_for_the_file(tmp_path, codec):
+def test_warnings_once_for_the_file(tmp_path, codec, monkeypatch):
     values = [{"instruction": "a", "input": "", "output": "b"}] * 3 + [{"instruction": "a", "output": "one</s>two"}]
+    monkeypatch.setattr(codec, "notes", ["about the tokenizer"])
     assert encode(tmp_path, codec, values)["warnings"] == [
+        "about the tokenizer",
         '%s: "input": "" counts as no input (3 records)' % (tmp_path / "d.jsonl"),
         "%s: 1 learnt texts hold an end token of the model in their middle; it would learn to stop there" % (tmp_path / "d.jsonl"),
     ]
-    assert encode(tmp_path, codec, [SHORT])["warnings"] == []
+    assert encode(tmp_path, codec, [SHORT])["warnings"] == ["about the tokenizer"]
 
 
 def test_opening_what_is_not_there_or_was_encoded_otherwise(tmp_path, codec):
