@@ -120,8 +120,3 @@ def fused_adamw(cuda: bool) -> bool:
     if "fused" not in inspect.signature(torch.optim.AdamW).parameters:
         return False
     return cuda or release(torch.__version__) >= (2, 4, 0)
-
-
-def accelerator_env(gpu_count: int) -> Dict[str, str]:
-    """Environment that makes DeepSpeed choose the device we chose; 0.19.8 would otherwise look for numactl and CUDA."""
-    return {} if gpu_count else {"DS_ACCELERATOR": "cpu"}

@@ -52,7 +52,8 @@ def deepspeed_config(config: RunConfig, cuda: bool) -> Dict[str, Any]:
         "gradient_clipping": optim.clip,  # 1.0 in 0.19, 0 in 0.9 when left out
         "steps_per_print": NEVER,
         # Stage 0 clips an fp32 pipeline by the norm of each stage alone.
-        "zero_optimization": {"stage": 1, "reduce_bucket_size": 50_000_000},
+        # A pipeline reduces once per step, so collecting gradients in a bucket during the backward pass only costs.
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 50_000_000, "contiguous_gradients": False},
         "zero_allow_untested_optimizer": True,  # lion-pytorch
     }  # type: Dict[str, Any]
     if dtype == "bf16":

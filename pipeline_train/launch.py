@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from . import compat
 from .errors import RunFailed
 from .prepare import Prepared
 from .worker import PARENT, PROGRESS
@@ -26,7 +25,16 @@ Show = Callable[[Dict[str, Any]], None]  # takes rank 0's progress messages
 
 def launch(prepared: Prepared, show: Show) -> Dict[str, Any]:
     """Train; -> the summary of loop.Loop. Raises RunFailed with the failing rank's one line, KeyboardInterrupt after Ctrl-C."""
-    ranks = Ranks(prepared, show)
+    command = [sys.executable, "-m", "pipeline_train.worker", "--out", str(prepared.out.resolve())]
+    command += ["--total-steps", str(prepared.total)]
+    if prepared.resume is not None:
+        command += ["--resume", str(prepared.resume.resolve())]
+    world = prepared.config.world
+    return supervise(Ranks(command, world, environment(world, prepared.gpus), prepared.out / "logs", show))
+
+
+def supervise(ranks: "Ranks") -> Dict[str, Any]:
+    """Start them, wait for them, and leave none behind."""
     before = [(number, signal.signal(number, ranks.on_signal)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         ranks.start()
@@ -38,11 +46,10 @@ def launch(prepared: Prepared, show: Show) -> Dict[str, Any]:
 
 
 class Ranks:
-    """The processes of one run on this machine."""
+    """The processes of one run on this machine: ``command`` in ``world`` copies that differ in RANK and LOCAL_RANK."""
 
-    def __init__(self, prepared: Prepared, show: Show) -> None:
-        self.prepared, self.show = prepared, show
-        self.logs = prepared.out / "logs"
+    def __init__(self, command: List[str], world: int, env: Dict[str, str], logs: Path, show: Show) -> None:
+        self.command, self.world, self.env, self.logs, self.show = command, world, env, logs, show
         self.processes: List[subprocess.Popen] = []
         self.signal: Optional[int] = None
         self.progress = -1  # reading end of rank 0's pipe
@@ -56,31 +63,19 @@ class Ranks:
         self.signal = number
 
     def start(self) -> None:
-        parallel = self.prepared.config.parallel
-        world = parallel.pipe * parallel.data
-        command = [sys.executable, "-m", "pipeline_train.worker", "--out", str(self.prepared.out.resolve())]
-        command += ["--total-steps", str(self.prepared.total)]
-        if self.prepared.resume is not None:
-            command += ["--resume", str(self.prepared.resume.resolve())]
-        common = _environment(world, self.prepared.gpus)
         self.progress, writing = os.pipe()
         os.set_blocking(self.progress, False)
         try:
-            for rank in range(world):
-                (self.logs / ("rank_%d.error" % rank)).unlink() if (self.logs / ("rank_%d.error" % rank)).exists() else None
-                env = dict(common, RANK=str(rank), LOCAL_RANK=str(rank))
+            for rank in range(self.world):
+                self._error_file(rank).unlink() if self._error_file(rank).exists() else None
+                env = dict(self.env, RANK=str(rank), LOCAL_RANK=str(rank))
                 env[PROGRESS] = str(writing)
-                with open(str(self.logs / ("rank_%d.log" % rank)), "ab") as log:
-                    self.processes.append(
-                        subprocess.Popen(
-                            command,
-                            env=env,
-                            stdin=subprocess.DEVNULL,
-                            stdout=log,
-                            stderr=log,
-                            pass_fds=(writing,) if rank == 0 else (),
-                        )  # fmt: skip
+                keep = (writing,) if rank == 0 else ()
+                with open(str(self._log_file(rank)), "ab") as log:
+                    process = subprocess.Popen(
+                        self.command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=keep
                     )
+                self.processes.append(process)
         finally:
             os.close(writing)
 
@@ -118,6 +113,12 @@ class Ranks:
             os.close(self.progress)
             self.progress = -1
 
+    def _log_file(self, rank: int) -> Path:
+        return self.logs / ("rank_%d.log" % rank)
+
+    def _error_file(self, rank: int) -> Path:
+        return self.logs / ("rank_%d.error" % rank)
+
     def _running(self) -> List[subprocess.Popen]:
         return [p for p in self.processes if p.poll() is None]
 
@@ -144,9 +145,9 @@ class Ranks:
             time.sleep(0.05)
         failed = self._failed()
         if not failed:
-            return "rank 0 ended without a summary. Log: %s" % (self.logs / "rank_0.log")
+            return "rank 0 ended without a summary. Log: %s" % self._log_file(0)
         _, rank, line = min(self._judge(rank) for rank in failed)
-        return "rank %d: %s. Log: %s" % (rank, line.rstrip("."), self.logs / ("rank_%d.log" % rank))
+        return "rank %d: %s. Log: %s" % (rank, line.rstrip("."), self._log_file(rank))
 
     def _judge(self, rank: int) -> Tuple[int, int, str]:
         code = self.processes[rank].returncode
@@ -154,19 +155,25 @@ class Ranks:
             name = signal.Signals(-code).name
             hint = " (out of memory? the kernel's log says)" if -code == signal.SIGKILL else ""
             return 0, rank, "was killed by %s%s" % (name, hint)
-        error = self.logs / ("rank_%d.error" % rank)
+        error = self._error_file(rank)
         line = error.read_text(encoding="utf-8").strip() if error.exists() else "ended with exit code %d" % code
         return (2 if any(echo in line for echo in ECHOES) else 1), rank, line
 
 
-def _environment(world: int, gpus: int) -> Dict[str, str]:
+def environment(world: int, gpus: int) -> Dict[str, str]:
+    """What all ranks of this machine have in common; what the user has set stays."""
     env = dict(os.environ)
     root = str(Path(__file__).resolve().parents[1])
     env["PYTHONPATH"] = os.pathsep.join([root] + ([env["PYTHONPATH"]] if env.get("PYTHONPATH") else []))
-    env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // world)))
     env.update(WORLD_SIZE=str(world), LOCAL_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     env.update({PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"})
-    env.update(compat.accelerator_env(gpus))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // world)))
+    if not gpus:
+        env["DS_ACCELERATOR"] = "cpu"
+        # glibc gives every large tensor back to the kernel and faults it in again: a quarter of a step's time. Keeping them
+        # costs about a fifth more memory.
+        env.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
+        env.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 33))
     return env
 
 

@@ -51,7 +51,6 @@ def prepare(run: RunConfig, source: Path, resume: Optional[str], say: Say) -> Pr
     codec.check_vocab(dims.vocab)
     for note in codec.notes:
         say(note)
-    _write_resolved(run, out, source, folder, codec, found)
     facts = _encode(run, out, codec)
     total = _total_steps(run, out, codec.pad_id)
     done = 0
@@ -59,7 +58,7 @@ def prepare(run: RunConfig, source: Path, resume: Optional[str], say: Say) -> Pr
         document = manifest.read(checkpoint)
         done = int(document["step"])
         _same_run(run, dims, document, facts)
-    (out / "resolved" / "data.json").write_text(json.dumps(dict(facts, pad_id=codec.pad_id), indent=1) + "\n", encoding="utf-8")
+    _write_resolved(run, out, source, folder, codec, {"versions.json": found, "data.json": dict(facts, pad_id=codec.pad_id)})
     return Prepared(run, out, dims, gpus, total, checkpoint, done)
 
 
@@ -127,14 +126,15 @@ def _resolve_model(run: RunConfig, folder: Path, where: str) -> Dims:
     return dims
 
 
-def _write_resolved(run: RunConfig, out: Path, source: Path, folder: Path, codec: TextCodec, found: Dict[str, Any]) -> None:
+def _write_resolved(run: RunConfig, out: Path, source: Path, folder: Path, codec: TextCodec, documents: Dict[str, Any]) -> None:
     resolved = out / "resolved"
     try:
         (resolved / "model").mkdir(parents=True, exist_ok=True)
         (out / "logs").mkdir(exist_ok=True)
         shutil.copyfile(str(source), str(resolved / "original.yaml"))
         (resolved / "run.yaml").write_text(config.resolved_yaml(run), encoding="utf-8")
-        (resolved / "versions.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        for name, document in documents.items():
+            (resolved / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         shutil.copyfile(str(folder / "config.json"), str(resolved / "model" / "config.json"))
         codec.save(str(resolved / "model"))
     except OSError as error:
@@ -149,7 +149,7 @@ def _encode(run: RunConfig, out: Path, codec: TextCodec) -> Dict[str, Any]:
     if run.data.eval is not None:
         feed.prepare(run, codec, "eval", out / "data", seq_len)
     return {
-        "data": statistics["hash"], "seq_len": seq_len, "rows_per_step": run.rows_per_step, "pack": run.data.pack,
+        "data": statistics["hash"][:16], "seq_len": seq_len, "rows_per_step": run.rows_per_step, "pack": run.data.pack,
         "seed": run.run.seed,
     }  # fmt: skip
 

@@ -179,9 +179,6 @@ def test_the_first_step_has_transformers_gradients(world, launched, models):
                 seen.add(slot)
                 if name not in wanted["gradients"]:  # a tied head is the embedding in transformers
                     name = names[next(s for s in names if s.startswith("0/") and "norm" not in s)]
-                if slot.endswith("k_proj.bias"):  # softmax does not see it: zero in exact arithmetic
-                    assert float(gradient.abs().max()) < 1e-7
-                    continue
                 assert worst(gradient, wanted["gradients"][name]) <= 1e-5, (model, parallel, slot)
         assert seen == set(names)
 
