@@ -50,8 +50,8 @@ class TextCodec:
         tokens.forget_gguf(tokenizer)
         if tokens.find_special_anywhere(tokenizer):
             self.notes.append("%s: special tokens were found only behind a blank; now they are found anywhere in a text" % name)
-        shipped = _shipped_template(tokenizer)
-        own = _chosen_template(template, shipped)
+        shipped = tokens.shipped_template(tokenizer)
+        own = tokens.chosen_template(template, shipped)
         lead = tokens.lead_ids(tokenizer, name)
         stops = find_stops(tokenizer, own, shipped, self.generation, name)
         self.eos_id, self.end, self.end_id, self.stop_ids = stops.eos_id, stops.end, stops.end_id, stops.stop_ids
@@ -217,31 +217,6 @@ class TextCodec:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def _shipped_template(tokenizer: Any) -> Optional[str]:
-    """The chat template in the tokenizer's files; None when there is none, or when it is our default format."""
-    shipped = getattr(tokenizer, "chat_template", None) or tokenizer.init_kwargs.get("chat_template")
-    if isinstance(shipped, list):  # tokenizer_config.json may name several
-        shipped = {t["name"]: t["template"] for t in shipped}
-    if isinstance(shipped, dict):
-        shipped = shipped.get("default")
-    return None if not shipped or shipped.endswith(DEFAULT_CHAT_TEMPLATE) else shipped
-
-
-def _chosen_template(template: str, shipped: Optional[str]) -> Optional[str]:
-    """The source of a template that is not the default format, else None."""
-    if template == "auto":
-        return shipped
-    if template == "default":
-        return None
-    path = Path(template)
-    if path.suffix not in (".jinja", ".jinja2", ".j2"):
-        raise UserError("data.template: expected auto, default or the path of a .jinja file, got %s" % template)
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("data.template: %s cannot be read: %s" % (template, error)) from None
 
 
 def _generation_config(path: str) -> Dict[str, Any]:

@@ -129,6 +129,31 @@ def common_suffix(a: Ids, b: Ids) -> int:
     return n
 
 
+def shipped_template(tokenizer: Any) -> Optional[str]:
+    """The chat template in the tokenizer's files; None when there is none, or when it is our default format."""
+    shipped = getattr(tokenizer, "chat_template", None) or tokenizer.init_kwargs.get("chat_template")
+    if isinstance(shipped, list):  # tokenizer_config.json may name several
+        shipped = {t["name"]: t["template"] for t in shipped}
+    if isinstance(shipped, dict):
+        shipped = shipped.get("default")
+    return None if not shipped or shipped.endswith(DEFAULT_CHAT_TEMPLATE) else shipped
+
+
+def chosen_template(template: str, shipped: Optional[str]) -> Optional[str]:
+    """The source of a template that is not the default format, else None."""
+    if template == "auto":
+        return shipped
+    if template == "default":
+        return None
+    path = Path(template)
+    if path.suffix not in (".jinja", ".jinja2", ".j2"):
+        raise UserError("data.template: expected auto, default or the path of a .jinja file, got %s" % template)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("data.template: %s cannot be read: %s" % (template, error)) from None
+
+
 def is_sentencepiece(path: Path) -> bool:
     """Whether a tokenizer.model is one: transformers writes a whole GGUF file, weights and all, under that name."""
     try:
