@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Callable, Optional
+from typing import List
 
 from ..errors import UserError
 
@@ -22,31 +22,23 @@ def resolve(path: str, weights: bool = True) -> Path:
         raise UserError("%s: is a file; name the folder that holds config.json and the weights" % path)
     if not HUB_NAME.match(str(path)):
         raise UserError("%s: no such folder" % path)
-    return _snapshot(str(path), weights)
-
-
-def _snapshot(name: str, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import HfHubHTTPError
-
-    def get(patterns: list) -> Path:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-
-    folder = _quietly(name, get, SMALL, HfHubHTTPError)
-    if not weights:
-        return folder
-    for patterns in (["model*.safetensors"], ["pytorch_model*.bin"]):
-        folder = _quietly(name, get, SMALL + patterns, HfHubHTTPError)
-        if any(True for p in patterns for _ in folder.glob(p)):
-            break
+    folder = _snapshot(str(path), SMALL)
+    if weights:
+        for pattern in ("model*.safetensors", "pytorch_model*.bin"):  # .bin only where there are no safetensors
+            folder = _snapshot(str(path), SMALL + [pattern])
+            if any(folder.glob(pattern)):
+                break
     return folder
 
 
-def _quietly(name: str, get: Callable, patterns: list, http_error: Optional[type]) -> Path:
-    """One line instead of the hub library's traceback. OSError: no network, nothing in the cache, offline; ValueError: bad name."""
+def _snapshot(name: str, patterns: List[str]) -> Path:
+    """One line instead of the hub library's traceback: no network and nothing in the cache, no such model, not allowed."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import HfHubHTTPError
+
     try:
-        return get(patterns)
-    except (OSError, ValueError, http_error) as error:  # type: ignore[misc]
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=bool(constants.HF_HUB_OFFLINE)))
+    except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
             "%s: no such folder here, and the hub did not give a model of that name (%s). "

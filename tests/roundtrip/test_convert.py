@@ -16,7 +16,7 @@ from pipeline_train import manifest
 from pipeline_train.errors import RunFailed, UserError
 from pipeline_train.weights import open_source, same_bits
 from tests.models import make_hf, tiny_config
-from tests.roundtrip.folders import edit_json, make_checkpoint, save_bin, seal, state_of, without_weights
+from tests.roundtrip.folders import edit_json, make_checkpoint, needs, save_bin, seal, state_of, without_weights
 from tests.tokenizers import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,13 +59,21 @@ def test_an_untrained_model_is_readied_for_a_server(tmp_path):
     told = to_hf(str(tmp_path / "hf"), str(tmp_path / "out"))
     assert told["step"] is None and told["dtype"] == "fp32"
     assert AutoConfig.from_pretrained(str(tmp_path / "out")).vocab_size == 520
-    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "out"))
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    assert AutoTokenizer.from_pretrained(str(tmp_path / "out"))("Hello")["input_ids"]
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert settings["chat_template"] == (tmp_path / "out" / "chat_template.jinja").read_text()
     assert AutoModelForCausalLM.from_pretrained(str(tmp_path / "out")).generation_config.eos_token_id == 2
     again = to_hf(str(tmp_path / "hf"), str(tmp_path / "out"), dtype="bf16", overwrite=True)
     assert again["dtype"] == "bf16" and open_source(str(tmp_path / "out")).entry(1, "input_layernorm.weight").dtype == "BF16"
+
+
+@needs((4, 43), "chat_template.jinja")
+def test_the_template_comes_along(tmp_path):
+    make_hf(tmp_path / "hf", tiny_config("llama", vocab_size=520))
+    tiny_tokenizer(tmp_path / "hf", "bpe", vocab=512, chat_template="{{ messages[0]['content'] }}!")
+    to_hf(str(tmp_path / "hf"), str(tmp_path / "out"))
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "out"))
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
 
 
 def test_the_manifest_of_from_hf(tmp_path):
@@ -143,7 +151,7 @@ def test_the_verbs(tmp_path):
     assert codes == [0, 0, 0, 0], err
     assert texts[0] == "wrote layers: bloom, 5 layer files, fp32, tied head" and "GB/s), peak memory" in texts[1]
     assert json.loads(texts[2])["dtype"] == "bf16"
-    assert texts[3] == "x is the model of layers" and "39 tensors bit-equal (bf16)" in texts[4] and "proof.json written" in texts[7]
+    assert texts[3] == "x is the model of layers" and "42 tensors bit-equal (bf16)" in texts[4] and "proof.json written" in texts[7]
     assert json.loads(texts[8])["holds"] is True
     edit_json(tmp_path / "x" / "config.json", layer_norm_epsilon=1e-3)
     out, err = call("verify --checkpoint layers --export x", "to-hf --input hf --output x", "from-hf --input none --output y")

@@ -15,7 +15,7 @@ from pipeline_train import manifest
 from pipeline_train.errors import RunFailed, UserError
 from pipeline_train.weights import open_source
 from tests.models import tiny_config
-from tests.roundtrip.folders import edit_json, make_checkpoint, seal
+from tests.roundtrip.folders import edit_json, make_checkpoint, needs, seal
 from tests.tokenizers import tiny_tokenizer
 
 
@@ -148,7 +148,9 @@ CONFIG_PLANTS = {
 }
 
 
-@pytest.mark.parametrize("plant", CONFIG_PLANTS)
+@pytest.mark.parametrize(
+    "plant", [pytest.param(plant, marks=needs((4, 43), plant)) if "rope" in plant else plant for plant in CONFIG_PLANTS]
+)
 def test_wrong_config_is_caught_twice(plant, pair, monkeypatch):
     """By the configuration itself, and, if that check were blind, by the hidden states of the first layer that computes with it."""
     family, change, message, first_layer = CONFIG_PLANTS[plant]
@@ -229,6 +231,7 @@ def test_a_tokenizer_that_does_not_load_or_fit(pair):
         (folder / "tokenizer.json").write_text("{}")
     seal(checkpoint)
     assert "AutoTokenizer cannot use the export" in failing(checkpoint, export)[0]
+    (checkpoint / "tokenizer.json").unlink()
     tiny_tokenizer(checkpoint, "spm", vocab=700)
     seal(checkpoint)
     to_hf(str(checkpoint), str(export.parent / "big"))
@@ -253,8 +256,8 @@ def test_a_checkpoint_whose_tied_copies_drifted(pair):
 
 def test_another_models_checkpoint(pair, tmp_path):
     _, export = pair()
-    make_checkpoint(tmp_path / "other", tiny_config("llama", vocab_size=520, num_key_value_heads=2))
-    assert "kv_heads is 2 in the checkpoint, 4 in the export" in failing(tmp_path / "other", export)[0]
+    make_checkpoint(tmp_path / "other", tiny_config("llama", vocab_size=520, intermediate_size=64))
+    assert "ffn is 64 in the checkpoint, 80 in the export" in failing(tmp_path / "other", export)[0]
 
 
 def test_tolerance_is_applied_and_checked(pair):

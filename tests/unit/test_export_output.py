@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +13,13 @@ from safetensors.torch import load_file
 
 from export import aside, shards, sidecars
 from export.aside import MARKER, output_folder
-from export.measure import Meter, peak_gib, print_progress
+from export.measure import Meter, print_progress
 from export.shards import Item, ShardWriter
 from pipeline_train import families
 from pipeline_train.errors import RunFailed, UserError
 from tests.models import LLAMA3_SCALING, tiny_config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 TENSORS = {
     "half": torch.randn(3).half(),
@@ -193,15 +198,25 @@ def test_template_generation_config_and_class_name(tmp_path):
         sidecars.finish(tmp_path, {})
 
 
-def test_figures(capsys):
+def test_figures():
     seen = []
     meter = Meter(20, lambda done, total: seen.append((done, total)))
     meter.add(15)
     meter.add(5)
     figures = meter.figures()
     assert seen == [(15, 20), (20, 20)] and figures["bytes"] == 20 and figures["gb_per_s"] >= 0 and figures["peak_gib"] > 0.05
-    before, block = peak_gib(), torch.ones(2**26)
-    assert peak_gib() > before + 0.2 and block.numel()
+
+
+def test_peak_memory_is_the_process_own():
+    """Also in a child of a large process, whose ru_maxrss starts at the parent's size."""
+    ballast = torch.ones(2**26)
+    code = "from export.measure import peak_gib; a = peak_gib(); b = b'x' * (300 * 2**20); print(a, peak_gib())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, timeout=60)
+    before, after = map(float, done.stdout.split())
+    assert 0 < before < 0.2 and after > before + 0.28 and ballast.numel()
+
+
+def test_progress_where_there_is_no_terminal(capsys):
     show = print_progress("to-hf")
     for done in range(0, 101):
         show(done * 10**7, 10**9)

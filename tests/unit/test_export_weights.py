@@ -288,7 +288,8 @@ def test_hub_names_come_from_the_cache_or_say_why_not(folder, tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
     folder.rename(snapshot)
-    environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "cache"), PYTHONPATH=str(ROOT))
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT))
+    environment.update(HF_HUB_CACHE=str(tmp_path / "cache"), HUGGINGFACE_HUB_CACHE=str(tmp_path / "cache"))
     done = subprocess.run(
         [sys.executable, "-c", HUB], env=environment, capture_output=True, text=True, cwd=str(tmp_path), timeout=120
     )
