@@ -33,14 +33,11 @@ def find_special_anywhere(tokenizer: Any) -> bool:
     special = [token for token in core["added_tokens"] if token["special"] and token["normalized"]]
     if all(token["id"] in raw(tokenizer, "b%sb" % token["content"]) for token in special):
         return False
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import Tokenizer
 
     for token in special:
         token["normalized"] = False
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(core))
-    for name, text in tokenizer.special_tokens_map.items():
-        if isinstance(text, str):
-            setattr(tokenizer, name, AddedToken(text, normalized=False))
     return True
 
 

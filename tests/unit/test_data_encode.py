@@ -19,7 +19,7 @@ ROUNDS = [
     ("ask", "What is the capital of France?"), ("ans", "Paris is the capital (of France)."), ("ask", "more"), ("ask", "你好"),
     ("ans", "法国的首都是巴黎 😀\n\n1. naïve"), ("ask", "  blanks \n"), ("ans", "\n:) "), ("ask", "not answered"),
 ]  # fmt: skip
-ANSWERS = ["Red, green", " red", "(Red)", ":red", "\nred", "\n\n red", "法国", "😀", "42", "'s", "."]
+ANSWERS = ["Red, green", " red", "(Red)", ":red", "\nred", "\n\n red", "法国", "😀", "42", "'s", ".", ") ok"]
 
 
 def record(kind, **fields):
@@ -131,6 +131,22 @@ def test_a_merge_in_the_history_is_the_servers_and_not_learnt(folder, tmp_path):
     )
     assert codec.decode(sequence.ids[last:]) == ") yes<|im_end|>"
     assert sequence.ids[: len(tokens.raw(codec.tokenizer, first.prompt))] != tokens.raw(codec.tokenizer, first.prompt)
+
+
+def test_a_history_that_is_split_elsewhere_is_learnt_from_behind_the_seam(tmp_path):
+    """ "ab" is one token of the prompt; with the answer "c" behind it, "a" and "bc" are: "bc" belongs to no answer."""
+    path = tiny_tokenizer(tmp_path / "m", "bpe", texts=["bc " * 60 + "ab " * 20], special=SPECIAL, vocab=262)
+    (tmp_path / "x.jinja").write_text(
+        "{% for m in messages %}{{ ('q' if m['role'] == 'user' else 'ab') + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ab' }}{% endif %}"
+    )
+    codec = TextCodec.load(str(path), str(tmp_path / "x.jinja"))
+    names = codec.tokenizer.convert_ids_to_tokens
+    assert names(tokens.raw(codec.tokenizer, "ab")) == ["ab"] and names(tokens.raw(codec.tokenizer, "abcz")) == ["a", "bc", "z"]
+    sequence = codec.encode(record("conversation", rounds=[("ask", "1"), ("ans", "cz"), ("ask", "2"), ("ans", "cz")], system=None))
+    marked = ["*" + name if learn else name for name, learn in zip(names(sequence.ids), sequence.learn)]
+    assert marked[:7] == ["q", "1", "<|im_end|>", "a", "bc", "*z", "*<|im_end|>"]
+    assert marked[7:] == ["q", "2", "<|im_end|>", "ab", "*c", "*z", "*<|im_end|>"]
 
 
 @pytest.mark.parametrize("kind, lead", [("bpe", 0), ("bpe-bos", 1), ("spm", 1)])

@@ -100,6 +100,7 @@ def test_every_sample_once_an_epoch_and_targets_stay_inside(tmp_path, codec, seq
     statistics = encode(tmp_path, codec, mixed(60), seq_len)
     feed = opened(tmp_path, seq_len, pack=pack)
     want = expected(tmp_path, codec, seq_len)
+    orders = set()
     step = 0
     for epoch in range(3):
         got, tokens, learnt, numbers = [], 0, 0, []
@@ -114,8 +115,10 @@ def test_every_sample_once_an_epoch_and_targets_stay_inside(tmp_path, codec, seq
             got += found
             tokens, learnt, numbers = tokens + rows.tokens, learnt + rows.learnt_tokens, numbers + rows.samples
             step += 1
+        orders.add(tuple(numbers))
         assert sorted(got) == want and sorted(numbers) == list(range(len(want)))
         assert (tokens, learnt) == (statistics["tokens"], statistics["learnt_tokens"])
+    assert len(orders) == 3, "the order is another one in each epoch"
     assert statistics["samples"] == len(want) and statistics["records"] == 60
     assert feed.efficiency(0) == pytest.approx(statistics["tokens"] / (feed.layout(0).rows * seq_len))
 

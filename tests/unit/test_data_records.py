@@ -164,6 +164,16 @@ def test_every_bad_line_is_listed_up_to_twenty(tmp_path):
     assert only[0].endswith("2 bad records and no good one:") and len(only) == 3
 
 
+def test_nothing_comes_after_the_first_bad_line(tmp_path):
+    """So that nothing is encoded in vain; the rest of the file is only looked through for more."""
+    path = write(tmp_path, lines(PRETRAIN, {"type": "pretrain"}, PRETRAIN))
+    seen = []
+    with pytest.raises(UserError):
+        for record in read(path):
+            seen.append(record.line)
+    assert seen == [1]
+
+
 def test_bad_bytes_name_their_column(tmp_path):
     path = write(tmp_path, lines(PRETRAIN).encode() + b'{"type": "pretrain", "text": "\xff"}\n')
     assert "%s:2: not UTF-8 text (byte 0xff at column 31)" % path in refused(path)
