@@ -1,0 +1,160 @@
+"""``pipedock ask``: a client on the command line, for one prompt or a conversation."""
+
+import argparse
+import sys
+import time
+from typing import Any, Dict, Iterator, List, Optional
+
+HELP = "ask a running server: one prompt, streamed or not, or a conversation (--chat)"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prompt", nargs="?", help='the prompt as the model shall see it, or with --chat the first message; "-" reads stdin'
+    )
+    parser.add_argument("--url", required=True, metavar="U", help="the server, as pipedock serve prints it")
+    parser.add_argument("--stream", action="store_true", help="show tokens as they come")
+    parser.add_argument(
+        "--chat", action="store_true", help="talk through the server's chat template; without a prompt, interactively"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: a system message")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="at most N tokens; by default until the model ends")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="sample at this temperature; by default (and at 0) the likeliest token is taken"
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="repeat the same sampling")
+    parser.add_argument("--api-key-file", metavar="F", help="file with the server's API key")
+    parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds to wait for the next byte; default 300")
+
+
+def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
+    from pipeline_train.errors import RunFailed, UserError
+    from serve.client import Client, ClientError, Invalid, NotFound, Unauthorized
+
+    if args.system and not args.chat:
+        raise UserError("--system goes with --chat; a plain prompt is sent as it is")
+    if args.prompt is None and not args.chat:
+        raise UserError("give a prompt, or --chat for a conversation")
+    if not args.url.startswith(("http://", "https://")):
+        raise UserError("--url %s: expected http://HOST:PORT" % args.url)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    try:
+        with Client(args.url, api_key=_key(args.api_key_file), timeout=args.timeout, retries=3) as client:
+            if prompt is None:
+                converse(client, args)
+                return None
+            return _chat(client, args, prompt) if args.chat else _complete(client, args, prompt)
+    except (Invalid, NotFound, Unauthorized) as error:
+        raise UserError("%s: %s" % (args.url, _hint(error, args.chat)))
+    except ClientError as error:
+        raise RunFailed("%s: %s" % (args.url, str(error).replace(args.url + ": ", "")))
+
+
+def text(document: Dict[str, Any]) -> str:
+    return str(document["text"])
+
+
+def _complete(client: Any, args: argparse.Namespace, prompt: str) -> Optional[Dict[str, Any]]:
+    sampled = bool(args.temperature) or args.seed is not None
+    parameters = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature or None, "seed": args.seed}
+    parameters["do_sample"] = True if sampled else None
+    if not args.stream or args.json:
+        made = client.generate(prompt, **parameters)
+        return {
+            "text": made.text,
+            "finish_reason": made.finish_reason,
+            "generated_tokens": made.generated_tokens,
+            "seed": made.seed,
+        }
+    for piece in client.generate_stream(prompt, **parameters):
+        _show(args, piece.text)
+    _show(args, "\n")
+    return None
+
+
+def _chat(client: Any, args: argparse.Namespace, prompt: str) -> Optional[Dict[str, Any]]:
+    messages = _start(args) + [{"role": "user", "content": prompt}]
+    if not args.stream or args.json:
+        made = client.chat(messages, **_chat_parameters(args))
+        return {"text": made.content, "finish_reason": made.finish_reason, "generated_tokens": made.completion_tokens}
+    for piece in client.chat_stream(messages, **_chat_parameters(args)):
+        _show(args, piece.text)
+    _show(args, "\n")
+    return None
+
+
+def converse(client: Any, args: argparse.Namespace) -> None:
+    """Ask and answer until the end of input. Ctrl-C stops an answer (what is there stays in the history); at the prompt it ends."""
+    messages = _start(args)
+    print("A conversation with %s. Ctrl-C stops an answer, Ctrl-D ends." % args.url, file=sys.stderr)
+    for question in _questions():
+        if not question.strip():
+            continue
+        messages.append({"role": "user", "content": question})
+        answer, started, tokens = "", time.monotonic(), None
+        try:
+            for piece in client.chat_stream(messages, **_chat_parameters(args)):
+                answer += piece.text
+                tokens = piece.completion_tokens or tokens
+                _show(args, piece.text)
+        except KeyboardInterrupt:
+            _show(args, " [stopped]")
+        _show(args, "\n")
+        if tokens:
+            print("(%d tokens, %.1f tokens/s)" % (tokens, tokens / max(1e-9, time.monotonic() - started)), file=sys.stderr)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _questions() -> Iterator[str]:
+    if sys.stdin.isatty():
+        try:
+            import readline  # noqa: F401 - makes input() editable, with history
+
+            del readline
+        except ImportError:
+            pass
+    while True:
+        sys.stderr.write("you> ")
+        sys.stderr.flush()
+        try:
+            yield input()
+        except (EOFError, KeyboardInterrupt):
+            sys.stderr.write("\n")
+            return
+
+
+def _start(args: argparse.Namespace) -> List[Dict[str, str]]:
+    return [{"role": "system", "content": args.system}] if args.system else []
+
+
+def _chat_parameters(args: argparse.Namespace) -> Dict[str, Any]:
+    """On the chat route an absent temperature would sample: 0 is greedy."""
+    sampled = bool(args.temperature) or args.seed is not None
+    return {"max_tokens": args.max_new_tokens, "temperature": (args.temperature or None) if sampled else 0.0, "seed": args.seed}
+
+
+def _show(args: argparse.Namespace, piece: str) -> None:
+    args.answer.write(piece)
+    args.answer.flush()
+
+
+def _key(path: Optional[str]) -> Optional[str]:
+    from pipeline_train.errors import UserError
+
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as handle:
+            return handle.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("--api-key-file %s: %s" % (path, getattr(error, "strerror", None) or "not text"))
+
+
+def _hint(error: Any, chat: bool) -> str:
+    if error.status in (401, 403):
+        return "the API key is missing or wrong; --api-key-file F sends one"
+    if error.status in (404, 405):
+        return "no such route here" + (
+            "; this server has no chat, leave --chat out" if chat else "; is this a text generation server?"
+        )
+    return str(error)
