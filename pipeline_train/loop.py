@@ -1,5 +1,6 @@
 """The training loop of one rank. Every rank runs it in step with the others; rank 0 writes metrics and progress."""
 
+import math
 import resource
 import sys
 import time
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from . import checkpoint, plan
 from .data.feed import Feed, StepRows
-from .engine import MicroBatch, Pipeline, learning_rate
+from .engine import MicroBatch, Pipeline, StepResult, learning_rate
 from .errors import RunFailed
 from .metrics import Metrics, peak_flops
 
@@ -87,12 +88,7 @@ class Loop:
             rows = self.feed.at(step)
             rate = learning_rate(self.config.optim, step, self.total)
             result = self.pipe.train(self._mine(rows), rows.learnt_tokens, rate)
-            if not result.loss - result.loss == 0.0:  # also false for inf and nan
-                samples = _some([self.feed.where(sample) for sample in rows.samples])
-                raise RunFailed(
-                    "step %d: the loss is %s, stopped before saving. Its samples: %s. Lower optim.lr, or look at these records"
-                    % (step + 1, result.loss, samples)
-                )
+            self._stop_on_nonsense(step, rows, result)
             window.add(result.loss, rows, result.skipped)
             self.losses.append(result.loss)
             self.tokens += rows.tokens
@@ -108,6 +104,17 @@ class Loop:
                 self._evaluate(number)
             window.start += time.perf_counter() - started  # saving and evaluating are not the step's time
         return self._summary(time.perf_counter() - began)
+
+    def _stop_on_nonsense(self, step: int, rows: StepRows, result: StepResult) -> None:
+        """A loss or a gradient that is not a number ends the run, on every rank at once. With fp16 a gradient that is not
+        is an overflow: the step was skipped and the loss scale lowered."""
+        skipped = result.skipped and self.config.model.dtype != "fp16"
+        if math.isfinite(result.loss) and not skipped:
+            return
+        what = "gradient is not a number" if skipped and math.isfinite(result.loss) else "loss is %s" % result.loss
+        samples = _some([self.feed.where(sample) for sample in rows.samples])
+        raise RunFailed("step %d: the %s, stopped before saving. Its samples: %s. Lower optim.lr, or look at these records"
+                        % (step + 1, what, samples))  # fmt: skip
 
     def _due(self, number: int, every: Optional[int]) -> bool:
         return number == self.total or (every is not None and number % every == 0)

@@ -46,13 +46,16 @@ def prepare(run: RunConfig, source: Path, resume: Optional[str], say: Say) -> Pr
     folder = (
         weights.find_folder(run.model.path) if run.model.init == "pretrained" else weights.resolve(run.model.path, weights=False)
     )
+    run.model.path = str(folder)  # a hub name or a run means this folder from now on, on every rank
     dims = _resolve_model(run, folder, source.name)
     codec = TextCodec.load(str(folder), run.data.template)
     codec.check_vocab(dims.vocab)
-    for note in codec.notes:
-        say(note)
-    facts = _encode(run, out, codec)
-    total = _total_steps(run, out, codec.pad_id)
+    try:
+        (out / "data").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError("%s: run.out: %s: cannot be made: %s" % (source.name, out, error.strerror)) from None
+    facts = _encode(run, out, codec, say)
+    total = _total_steps(run, out, codec.pad_id, say)
     done = 0
     if checkpoint is not None:
         document = manifest.read(checkpoint)
@@ -141,20 +144,24 @@ def _write_resolved(run: RunConfig, out: Path, source: Path, folder: Path, codec
         raise UserError("run.out: %s: cannot be written: %s" % (error.filename or out, error.strerror)) from None
 
 
-def _encode(run: RunConfig, out: Path, codec: TextCodec) -> Dict[str, Any]:
+def _encode(run: RunConfig, out: Path, codec: TextCodec, say: Say) -> Dict[str, Any]:
     """Encode train and eval data; -> what must be the same when the run is resumed."""
     seq_len = run.data.seq_len
     assert seq_len is not None
-    statistics = feed.prepare(run, codec, "train", out / "data", seq_len)
-    if run.data.eval is not None:
-        feed.prepare(run, codec, "eval", out / "data", seq_len)
+    statistics = {}
+    for which in ("eval", "train") if run.data.eval is not None else ("train",):
+        statistics = feed.prepare(run, codec, which, out / "data", seq_len)
+        for line in statistics["warnings"]:
+            say(line)
+    say("%(file)s: %(records)d records, %(bad)d bad, %(tokens)d tokens, %(learnt_tokens)d of them learnt, %(truncated)d truncated, "
+        "%(dropped)d dropped, %(nothing_to_learn)d with nothing to learn" % statistics)  # fmt: skip
     return {
         "data": statistics["hash"][:16], "seq_len": seq_len, "rows_per_step": run.rows_per_step, "pack": run.data.pack,
         "seed": run.run.seed,
     }  # fmt: skip
 
 
-def _total_steps(run: RunConfig, out: Path, pad_id: int) -> int:
+def _total_steps(run: RunConfig, out: Path, pad_id: int, say: Say) -> int:
     seq_len = run.data.seq_len
     assert seq_len is not None
     opened = feed.Feed.open(
@@ -166,6 +173,7 @@ def _total_steps(run: RunConfig, out: Path, pad_id: int) -> int:
         pack=run.data.pack,
         pad_id=pad_id,
     )
+    say("rows of %d tokens, %.1f %% filled" % (seq_len, 100 * opened.efficiency()))
     total = 0
     for epoch in range(run.train.epochs):
         total += opened.steps_in_epoch(epoch)

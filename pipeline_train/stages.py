@@ -29,11 +29,11 @@ class PipeLayer(torch.nn.Module):
     ``recompute``: keep only the block's input for the backward pass and run the block again there.
     """
 
-    def __init__(self, dims: Dims, layer: int, recompute: bool) -> None:
+    def __init__(self, dims: Dims, layer: int, dtype: torch.dtype, recompute: bool) -> None:
         super().__init__()
         self.kind = dims.kind_of(layer)
         self.recompute = recompute and self.kind == "block"
-        self.inner = build_layer(dims, layer)
+        self.inner = build_layer(dims, layer).to(dtype)
 
     def forward(self, wire: Wire) -> Any:
         first, positions, segments = wire
@@ -69,16 +69,19 @@ class Stage(PipelineModule):
     summed before the optimizer step, so both take the same step and stay equal. With one stage both are one Parameter.
     """
 
-    def __init__(self, dims: Dims, boundaries: Sequence[int], topology: ProcessTopology, recompute: bool) -> None:
+    def __init__(
+        self, dims: Dims, boundaries: Sequence[int], topology: ProcessTopology, dtype: torch.dtype, recompute: bool
+    ) -> None:
         # _partition_layers runs inside the base constructor and reads this.
         self.boundaries = list(boundaries)
         self.loss_factor = 0.0
-        specs = [LayerSpec(PipeLayer, dims, layer, recompute) for layer in range(dims.layers)]
+        specs = [LayerSpec(PipeLayer, dims, layer, dtype, recompute) for layer in range(dims.layers)]
         super().__init__(layers=specs, topology=topology, loss_fn=self.loss, partition_method="explicit")
         self.dims = dims
         mine = range(self._local_start, self._local_stop)
         self.layers: Dict[int, torch.nn.Module] = {layer: getattr(self, str(layer)).inner for layer in mine}
-        self.group_pad = torch.nn.Parameter(torch.zeros(2 * topology.get_dim("data"), device=next(self.parameters()).device))
+        pad = torch.zeros(2 * topology.get_dim("data"), dtype=dtype, device=next(self.parameters()).device)
+        self.group_pad = torch.nn.Parameter(pad)
         self.tied_weight: Optional[torch.nn.Parameter] = None
         self.tied_group = None
         if dims.tied:

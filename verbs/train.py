@@ -46,7 +46,8 @@ def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
     out = str(prepared.out)
     if prepared.done >= prepared.total:
         _say("%s: finished already, at step %d of %d" % (out, prepared.done, prepared.total))
-        return {"out": out, "steps": prepared.done, "finished": True, "checkpoint": str(prepared.resume)}
+        done = {"out": out, "steps": prepared.done, "checkpoint": str(prepared.resume), "finished": True}
+        return dict(done, loss_first=None, loss_last=None, seconds=0.0, tokens=0, peak_gib=[])
     parallel = prepared.config.parallel
     _say("%s: steps %d to %d, %d stages x %d replicas, layers per stage %s, %s on %s" % (
         out, prepared.done + 1, prepared.total, parallel.pipe, parallel.data, parallel.parts, prepared.config.model.dtype,
@@ -62,7 +63,7 @@ def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
     if prepared.config.export is not None:
         from export.to_hf import to_hf
 
-        to_hf(out, prepared.config.export.dir)
+        to_hf(out, prepared.config.export.dir, prepared.config.export.target)
         document["export"] = prepared.config.export.dir
     return document
 

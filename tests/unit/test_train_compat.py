@@ -1,0 +1,64 @@
+"""What differs between the stacks, and which DeepSpeed releases are refused."""
+
+import subprocess
+import sys
+
+import pytest
+
+from pipeline_train import compat
+from pipeline_train.errors import RunFailed, UserError
+
+
+@pytest.mark.parametrize("version", ["0.9.2", "0.15.4", "0.19.3", "0.19.8", "0.20.0", "1.0"])
+def test_releases_with_right_gradients_are_accepted(version):
+    compat.check_deepspeed(version)
+
+
+@pytest.mark.parametrize("version, reason", [
+    ("0.16.0", "sums gradients"), ("0.17.5", "sums gradients"), ("0.18.2", "sums gradients"), ("0.18.3", "hang"),
+    ("0.18.9", "divides gradients again"), ("0.19.0", "divides gradients again"), ("0.19.2+cu124", "divides gradients again"),
+])  # fmt: skip
+def test_releases_with_wrong_gradients_are_refused_with_the_reason(version, reason):
+    with pytest.raises(UserError, match=reason) as refused:
+        compat.check_deepspeed(version)
+    assert str(refused.value).startswith("deepspeed %s is refused" % version)
+    assert str(refused.value).endswith("Install 0.19.8 or 0.9.2.") and "\n" not in str(refused.value)
+
+
+def test_a_missing_deepspeed_says_what_to_install():
+    with pytest.raises(UserError, match=r'deepspeed is not installed; install "pipedock\[train\]"'):
+        compat.check_deepspeed(None)
+
+
+def test_every_refused_row_names_its_evidence():
+    assert all("DeepSpeed #" in row.reason and row.first <= row.last for row in compat.REFUSED)
+
+
+def test_bf16_is_refused_before_0_9_3():
+    with pytest.raises(UserError, match="model.dtype: bf16 does not work in deepspeed 0.9.2"):
+        compat.check_dtype("0.9.2", "bf16")
+    compat.check_dtype("0.9.2", "fp16")
+    compat.check_dtype("0.19.8", "bf16")
+
+
+def test_untested_releases_get_a_note():
+    assert compat.notes({"deepspeed": "0.19.8"}) == []
+    assert "0.15.4 is not one of the tested releases" in compat.notes({"deepspeed": "0.15.4"})[0]
+
+
+def test_versions_are_read_without_importing_anything():
+    code = "import sys; from pipeline_train import compat; print(compat.versions()['torch'], 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [compat.versions()["torch"], "False"]
+
+
+def test_gpus_are_asked_of_torch_in_another_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(compat.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so is missing')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RunFailed, match="torch cannot be imported: OSError: libcudart.so is missing"):
+        compat.gpus()
+    fake = "class cuda:\n    device_count = staticmethod(lambda: 2)\n    get_device_name = staticmethod(lambda i: 'Tesla V100')\n"
+    fake += "    get_device_capability = staticmethod(lambda i: (7, 0))\n"
+    (tmp_path / "torch.py").write_text(fake)
+    assert compat.gpus() == compat.Gpus(2, "Tesla V100", False)

@@ -1,0 +1,201 @@
+"""Every mistake of a run is one line, found before any process starts."""
+
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+from pipeline_train import compat, config, manifest, prepare  # noqa: E402
+from pipeline_train.errors import UserError  # noqa: E402
+from tests.models import make_hf, tiny_config  # noqa: E402
+from tests.tokenizers import tiny_tokenizer  # noqa: E402
+
+V100 = compat.Gpus(2, "Tesla V100-SXM2-32GB", False)
+H100 = compat.Gpus(2, "NVIDIA H100 80GB HBM3", True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_tokenizer(folder, "bpe")
+    make_hf(folder, tiny_config("llama", vocab_size=600, tie_word_embeddings=True, num_key_value_heads=2))
+    return folder
+
+
+@pytest.fixture
+def start(model, tmp_path, monkeypatch):
+    """start(resume=None, **sections) -> Prepared; the model and data are fine unless a section says otherwise."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(compat, "gpus", lambda: compat.Gpus(0, "", False))
+    data = tmp_path / "train.jsonl"
+    data.write_text(
+        "".join(json.dumps({"type": "pretrain", "text": "Red, green and blue number %d." % n}) + "\n" for n in range(40))
+    )
+
+    def run(resume=None, **sections):
+        raw = {
+            "run": {"out": str(tmp_path / "out")}, "model": {"path": str(model)}, "data": {"train": str(data), "seq_len": 32},
+            "parallel": {"pipe": 2}, "batch": {"global": 4},
+        }  # fmt: skip
+        for name, section in sections.items():
+            raw[name] = dict(raw.get(name, {}), **section)
+        source = tmp_path / "run.yaml"
+        source.write_text(json.dumps(raw))
+        run.said = []
+        return prepare.prepare(config.load(source), source, resume, run.said.append)
+
+    run.out = tmp_path / "out"
+    return run
+
+
+def refused(start, *words, resume=None, **sections):
+    with pytest.raises(UserError) as error:
+        start(resume, **sections)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    assert not (start.out / "logs").exists()  # no process started, nothing was resolved
+
+
+def test_a_good_run_is_resolved(start, model):
+    done = start(data={"seq_len": None})
+    assert (done.gpus, done.resume, done.done) == (0, None, 0)
+    assert done.config.model.dtype == "fp32" and done.config.data.seq_len == 128 and sum(done.config.parallel.parts) == 5
+    again = config.load(start.out / "resolved" / "run.yaml")
+    assert config.resolved_yaml(again) == config.resolved_yaml(done.config)
+    assert (start.out / "resolved" / "original.yaml").read_bytes() == (start.out.parent / "run.yaml").read_bytes()
+    names = {p.name for p in (start.out / "resolved" / "model").iterdir()}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
+    assert json.loads((start.out / "resolved" / "versions.json").read_text())["deepspeed"]
+
+
+def test_the_user_is_told_what_the_data_holds(start):
+    start()
+    line = next(line for line in start.said if " records, " in line)
+    assert "train.jsonl: 40 records, 0 bad, " in line and line.endswith("0 truncated, 0 dropped, 0 with nothing to learn")
+    assert any(line.startswith("rows of 32 tokens, ") for line in start.said)
+
+
+def test_epochs_and_max_steps_decide_the_length(start):
+    one = start().total
+    assert start(train={"epochs": 3}).total == 3 * one
+    assert start(train={"epochs": 3, "max_steps": one + 1}).total == one + 1
+    assert start(train={"max_steps": 1000}).total == one
+
+
+@pytest.mark.parametrize("sections, words", [
+    ({"parallel": {"parts": [2, 2]}}, ["parallel.parts: sums to 4, the model has 5 layers (embed + 3 blocks + head)"]),
+    ({"parallel": {"parts": [5, 0]}}, ["parallel.parts: stage 1 is empty"]),
+    ({"parallel": {"pipe": 6}}, ["parallel.pipe: 6 stages, but the model has only 5 layers"]),
+    ({"batch": {"global": 5, "micro": 2}}, ["batch.global: 5 rows cannot be split", "multiple of 2"]),
+    ({"parallel": {"pip": 2}}, ["parallel.pip: unknown key", '"pipe"']),
+    ({"data": {"seq_len": 256}}, ["data.seq_len: 256 is over the model's 128 positions"]),
+    ({"data": {"train": "/nowhere/train.jsonl"}}, ["/nowhere/train.jsonl"]),
+    ({"data": {"eval": "/nowhere/eval.jsonl"}}, ["/nowhere/eval.jsonl"]),
+    ({"model": {"path": "/nowhere/model"}}, ["/nowhere/model"]),
+    ({"model": {"dtype": "fp16"}}, ["model.dtype: fp16 needs a GPU"]),
+    ({"deepspeed": {"zero_optimization": {"stage": 0}}}, ["deepspeed.zero_optimization.stage: 0", "use 1"]),
+    ({"deepspeed": {"train_batch_size": 8}}, ["deepspeed.train_batch_size: is set from batch.global"]),
+])  # fmt: skip
+def test_wrong_keys(start, sections, words):
+    refused(start, *words, **sections)
+
+
+def test_what_a_gpu_cannot_do(start, monkeypatch):
+    monkeypatch.setattr(compat, "gpus", lambda: V100)
+    refused(start, "parallel: pipe 2 x data 2 needs 4 GPUs, this machine has 2", parallel={"data": 2})
+    refused(start, "model.dtype: Tesla V100-SXM2-32GB has no bf16; use fp16", model={"dtype": "bf16"})
+    refused(start, "optim.loss_scale.initial: must be a power of two, got 1000", optim={"loss_scale": {"initial": 1000}})
+    assert start().config.model.dtype == "fp16"
+    monkeypatch.setattr(compat, "gpus", lambda: H100)
+    done = start()
+    assert (done.config.model.dtype, done.gpus) == ("bf16", 2)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert start(parallel={"data": 2}).gpus == 0
+
+
+def test_a_stack_with_wrong_gradients_is_refused_first(start, monkeypatch):
+    monkeypatch.setattr(compat, "versions", lambda: {"deepspeed": "0.17.0"})
+    refused(start, "deepspeed 0.17.0 is refused", model={"path": "/nowhere"})
+
+
+def test_offload_on_a_cpu_is_said_to_do_nothing(start):
+    assert start(parallel={"offload": True}).config.parallel.offload is False
+    assert "parallel.offload: has no effect on the CPU" in start.said
+
+
+def test_wrong_model_folders(start, model, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(str(model), str(broken))
+    (broken / "model.safetensors").unlink()
+    refused(start, str(broken), model={"path": str(broken)})
+    assert start(model={"path": str(broken), "init": "random"}).total  # needs no weights
+    shutil.rmtree(str(start.out))
+    shutil.copyfile(str(model / "model.safetensors"), str(broken / "model.safetensors"))
+    raw = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(dict(raw, num_hidden_layers=4)))
+    refused(start, "missing", "model.layers.3.", model={"path": str(broken)})
+    (broken / "config.json").write_text(json.dumps(dict(raw, vocab_size=100)))
+    refused(start, "ids up to", "vocab_size", model={"path": str(broken), "init": "random"})
+    (broken / "config.json").unlink()
+    refused(start, "config.json", model={"path": str(broken)})
+
+
+def test_an_out_folder_that_cannot_be_made(start, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(start, "run.yaml: run.out:", "cannot be made: Not a directory", run={"out": str(tmp_path / "file" / "out")})
+
+
+def used(start, step=4, total_layers=5, **feed):
+    """Make <out> hold a checkpoint of the run that ``start()`` describes."""
+    facts = dict(json.loads((start.out / "resolved" / "data.json").read_text()), **feed)
+    facts.pop("pad_id")
+    folder = start.out / "checkpoints" / ("step_%06d" % step)
+    folder.mkdir(parents=True)
+    files = {}
+    for layer in range(total_layers):
+        (folder / manifest.layer_file(layer)).write_bytes(b"x")
+        files[manifest.layer_file(layer)] = manifest.file_entry(folder / manifest.layer_file(layer))
+    manifest.write(folder, {
+        "format": manifest.FORMAT, "kind": "checkpoint", "family": "llama", "run_dtype": "fp32", "layer_dtype": "fp32",
+        "tied": True, "layers": total_layers, "step": step, "files": files, "versions": {}, "run_name": "",
+        "training": {"optimizer": "adamw", "optimizer_steps": step, "feed": facts},
+    })  # fmt: skip
+    return folder
+
+
+def test_a_used_folder_needs_resume_and_resume_needs_a_checkpoint(start):
+    with pytest.raises(UserError, match="--resume: no checkpoint to continue from"):
+        start("newest")
+    assert start("auto").resume is None
+    (start.out / "metrics.jsonl").write_text('{"kind": "start"}\n')
+    with pytest.raises(UserError, match="already holds a run. Continue it with --resume"):
+        start()
+    assert start("auto").resume is None  # it died before its first checkpoint
+    folder = used(start)
+    for mode in ("newest", "auto"):
+        assert (start(mode).resume, start(mode).done) == (folder, 4)
+
+
+def test_resume_takes_the_newest_whole_checkpoint_and_says_what_it_passed_over(start):
+    start()
+    whole, cut = used(start, 4), used(start, 8)
+    (cut / manifest.layer_file(2)).write_bytes(b"")
+    assert start("newest").resume == whole
+    passed = [line for line in start.said if line.startswith("passed over: ")]
+    assert len(passed) == 1 and "step_000008" in passed[0]
+
+
+@pytest.mark.parametrize("sections, words", [
+    ({"data": {"seq_len": 64}}, "data.train or the tokenizer|data.seq_len"), ({"batch": {"global": 8}}, "batch.global"),
+    ({"data": {"pack": False}}, "data.pack"), ({"run": {"seed": 7}}, "run.seed"), ({"optim": {"type": "lion"}}, "optim.type"),
+])  # fmt: skip
+def test_a_resume_with_something_changed_says_what(start, sections, words):
+    start()
+    used(start)
+    before = (start.out / "resolved" / "run.yaml").read_text()
+    with pytest.raises(UserError, match="--resume: (%s) changed since the checkpoint at step 4" % words):
+        start("newest", **dict(sections, run=dict({"out": str(start.out)}, **sections.get("run", {}))))
+    assert (start.out / "resolved" / "run.yaml").read_text() == before
+    assert start("newest", parallel={"pipe": 1, "data": 2}, optim={"lr": 1.0}).done == 4  # these may change
