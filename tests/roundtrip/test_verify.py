@@ -15,7 +15,7 @@ from pipeline_train import manifest
 from pipeline_train.errors import RunFailed, UserError
 from pipeline_train.weights import open_source
 from tests.models import tiny_config
-from tests.roundtrip.folders import edit_json, make_checkpoint, needs, seal
+from tests.roundtrip.folders import VERSION, edit_json, make_checkpoint, needs, seal
 from tests.tokenizers import tiny_tokenizer
 
 
@@ -155,7 +155,7 @@ def test_wrong_config_is_caught_twice(plant, pair, monkeypatch):
     """By the configuration itself, and, if that check were blind, by the hidden states of the first layer that computes with it."""
     family, change, message, first_layer = CONFIG_PLANTS[plant]
     checkpoint, export = pair(family)
-    edit_json(export / "config.json", **change)
+    edit_json(export / "config.json", rope_parameters=None, **change)  # transformers 5 writes its own spelling beside it
     found, proof = failing(checkpoint, export)
     assert "config.json: " + message in found or message in found
     assert any(row["relative"] > 1e-5 for row in proof["layers"])
@@ -172,6 +172,7 @@ def test_a_head_tied_by_config_alone(pair):
     assert "tied is False in the checkpoint, True in the export" in found
 
 
+@pytest.mark.skipif(VERSION >= (5, 0), reason="transformers 5 keeps a head that the file has, whatever config.json says")
 def test_transformers_own_tying_is_checked(pair, monkeypatch):
     checkpoint, export = pair("llama")
     edit_json(export / "config.json", tie_word_embeddings=True)
@@ -216,11 +217,11 @@ def test_files_beside_the_weights(pair):
     checkpoint, export = pair()
     edit_json(export / "config.json", torch_dtype="float16")
     (export / "tokenizer.json").write_text((export / "tokenizer.json").read_text() + " ")
-    (export / "special_tokens_map.json").unlink()
+    (checkpoint / "added_tokens.json").write_text("{}")
     _, proof = failing(checkpoint, export)
     assert proof["failures"][:3] == [
         "config.json: torch_dtype is float16, the weights are float32",
-        "special_tokens_map.json: missing in the export",
+        "added_tokens.json: missing in the export",
         "tokenizer.json: differs from the checkpoint's",
     ]
 
@@ -230,13 +231,17 @@ def test_a_tokenizer_that_does_not_load_or_fit(pair):
     for folder in (checkpoint, export):
         (folder / "tokenizer.json").write_text("{}")
     seal(checkpoint)
-    assert "AutoTokenizer cannot use the export" in failing(checkpoint, export)[0]
+    found, _ = failing(checkpoint, export)
+    assert "AutoTokenizer cannot use the export" in found or "the tokenizer gives no ids" in found
     (checkpoint / "tokenizer.json").unlink()
     tiny_tokenizer(checkpoint, "spm", vocab=700)
     seal(checkpoint)
     to_hf(str(checkpoint), str(export.parent / "big"))
-    found, _ = failing(checkpoint, export.parent / "big", prompts=["你好，你今天怎么样？"])
-    assert "the tokenizer gives id" in found and "but the embedding has 520 rows" in found
+    found, _ = failing(checkpoint, export.parent / "big")
+    if VERSION < (5, 0):  # 5 reads this folder as an empty vocabulary
+        assert "the tokenizer gives id" in found and "but the embedding has 520 rows" in found
+    else:
+        assert "the tokenizer gives no ids, or the same ones for different texts" in found
 
 
 def test_a_checkpoint_whose_tied_copies_drifted(pair):
@@ -286,3 +291,15 @@ def test_what_the_user_can_get_wrong(pair, tmp_path):
     (checkpoint / "layer_001.safetensors").unlink()
     with pytest.raises(UserError, match="layer_001.safetensors: missing, although manifest.json lists it"):
         open_source(str(checkpoint))
+
+
+def test_an_empty_vocabulary_is_no_tokenizer(monkeypatch, tmp_path):
+    import transformers
+
+    stub = {"input_ids": [1]}
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path: lambda text: stub)
+    with pytest.raises(RunFailed, match="gives no ids, or the same ones for different texts; its files are not whole"):
+        forward.text_ids(tmp_path, list(forward.TEXTS), open_dims(tiny_config("llama")))
+    stub["input_ids"] = []
+    with pytest.raises(RunFailed, match="gives no ids"):
+        forward.text_ids(tmp_path, ["Hello"], open_dims(tiny_config("llama")))

@@ -17,7 +17,7 @@ from export.measure import Meter, print_progress
 from export.shards import Item, ShardWriter
 from pipeline_train import families
 from pipeline_train.errors import RunFailed, UserError
-from tests.models import LLAMA3_SCALING, tiny_config
+from tests.models import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -172,9 +172,11 @@ def test_rope_of_transformers_5_is_spelled_for_4_too():
     """4 reads rope_theta only and would silently use 10000."""
     config = config_of(rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     assert config["rope_theta"] == 5e5 and "rope_scaling" not in config and config["rope_parameters"]["rope_theta"] == 5e5
-    config = config_of(rope_theta=None, rope_parameters=dict(LLAMA3_SCALING, rope_theta=7e5))
-    assert config["rope_theta"] == 7e5 and config["rope_scaling"] == LLAMA3_SCALING
-    assert families.dims_of(config) == families.dims_of(dict(tiny_config("llama"), rope_theta=7e5, rope_scaling=LLAMA3_SCALING))
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 32
+    config = config_of(rope_theta=None, rope_parameters=dict(scaling, rope_theta=7e5))
+    assert config["rope_theta"] == 7e5 and config["rope_scaling"] == scaling
+    assert families.dims_of(config) == families.dims_of(dict(tiny_config("llama"), rope_theta=7e5, rope_scaling=scaling))
 
 
 def test_template_generation_config_and_class_name(tmp_path):
