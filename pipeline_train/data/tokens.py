@@ -165,5 +165,6 @@ def forget_gguf(tokenizer: Any) -> None:
     path: Optional[str] = getattr(tokenizer, "vocab_file", None)
     if path and not is_sentencepiece(Path(path)):
         tokenizer.vocab_file = None
+        tokenizer.clean_up_tokenization_spaces = False  # set by that reader; it would take blanks out of what a server answers
         for key in ("vocab_file", "add_prefix_space"):  # the second makes llama tokenizers ask for the sentencepiece model
             tokenizer.init_kwargs.pop(key, None)

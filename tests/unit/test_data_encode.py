@@ -101,6 +101,16 @@ def test_the_instruct_prompt_keeps_its_ids_whatever_is_answered(folder, kind, an
     assert sequence.targets == [-100] * (start - 1) + sequence.ids[start:] + [-100]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_continuation_brings_no_blank_of_its_own(folder, kind, answer):
+    """What stands in where prompt and answer merge."""
+    codec = TextCodec.load(folder(kind))
+    prompt = codec.prompt_ids("### Response:")
+    assert codec.decode(prompt + codec.continuation(answer)) == codec.decode(prompt) + answer
+    assert codec.continuation("") == []
+
+
 def test_a_token_that_merges_across_the_seam(folder):
     """ ":" + ":)" would be one token of the whole text; the server's prompt ends with ":" alone."""
     codec = TextCodec.load(folder("bpe"))
@@ -227,10 +237,13 @@ def test_an_eos_that_begins_turns_is_replaced_and_no_bos_is_put_before_it(tmp_pa
 @pytest.mark.skipif(OLD, reason="transformers of this age cannot read GGUF")
 def test_a_gguf_file_is_never_saved_as_the_sentencepiece_model(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\0" * 1000)
-    codec = TextCodec(chatml_with_wrong_eos(tmp_path / "a", vocab_file=str(tmp_path / "model.gguf")))
+    codec = TextCodec(
+        chatml_with_wrong_eos(tmp_path / "a", vocab_file=str(tmp_path / "model.gguf"), clean_up_tokenization_spaces=True)
+    )
     codec.save(tmp_path / "out")
     assert not (tmp_path / "out" / "tokenizer.model").exists()
-    assert str(tmp_path) not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+    saved = (tmp_path / "out" / "tokenizer_config.json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in saved and json.loads(saved)["clean_up_tokenization_spaces"] is False
     assert TextCodec.load(str(tmp_path / "out")).encode(TALK) == codec.encode(TALK)
 
 
@@ -244,6 +257,21 @@ def test_a_template_that_writes_bos_itself(folder):
         assert codec.notes == [] and codec.encode(TALK).ids[:2] == [codec.tokenizer.bos_token_id, 512]
         turn = codec.format.turns(TALK.kind, TALK.fields)[0]
         assert codec.prompt_ids(turn.prompt[len("<s>") :]) == codec.chat_ids([{"role": "user", "content": ROUNDS[0][1]}])
+
+
+def test_a_tokenizer_whose_chat_route_cannot_be_made_equal_is_noted(folder):
+    """Here <s> swallows the blank behind it, and the first word after it gets no ``▁`` of its own."""
+    from tokenizers import Tokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder("spm-new"))
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    next(token for token in core["added_tokens"] if token["content"] == "<s>")["rstrip"] = True
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(core))
+    codec = TextCodec(tokenizer, "auto", "m")
+    if OLD:  # these always put a ``▁`` there
+        assert codec.chat_ids([{"role": "user", "content": "a"}]) == codec.prompt_ids("### Human: a\n### Assistant:")
+    else:
+        assert codec.notes == ["m: the chat route cannot give the ids of /generate with this tokenizer; use /generate"]
 
 
 def test_the_vocabulary_must_fit_the_model(folder):

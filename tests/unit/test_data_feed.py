@@ -204,7 +204,7 @@ def test_over_long_dropped_or_refused(tmp_path, codec):
     assert said[0].endswith("d.jsonl: 32 records over data.seq_len (128) and data.over_long is fail:")
     assert said[1].endswith("d.jsonl:2: %d tokens" % (len(codec.encode(list(read(tmp_path / "d.jsonl"))[1]).ids) - 1))
     assert len(said) == 22 and said[-1] == "... and 12 more"
-    long_text = [{"type": "pretrain", "text": text(300, 0)}]
+    long_text = [{"type": "pretrain", "text": text(300, 0)}, {"type": "pretrain", "text": "red"}]
     assert encode(tmp_path, codec, long_text, seq_len=128, over_long="fail")["continued"] == 1
 
 
