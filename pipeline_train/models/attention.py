@@ -4,9 +4,10 @@
 segment. Padding counts as a segment of its own, so that its softmax is never empty and never NaN.
 """
 
+import contextlib
 import functools
 import math
-from typing import List, Optional
+from typing import Iterator, List, Optional
 
 import torch
 from torch.nn import functional as F
@@ -38,6 +39,17 @@ def attend(
         bias = _additive(allowed, alibi_slopes[:, None, None] * distance[:, None], q.dtype)
         mixed = _sdpa(q, k, v, bias) if HAS_SDPA else _eager(q, k, v, bias)
     return mixed.transpose(1, 2).flatten(2)
+
+
+@contextlib.contextmanager
+def spelled_out() -> Iterator[None]:
+    """Without the fused kernel: the operations of transformers' eager attention in their order, to compare with it bit by bit."""
+    global HAS_SDPA
+    before, HAS_SDPA = HAS_SDPA, False
+    try:
+        yield
+    finally:
+        HAS_SDPA = before
 
 
 def visible(segments: torch.Tensor) -> torch.Tensor:
