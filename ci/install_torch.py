@@ -1,7 +1,7 @@
 """Installs the locked torch into the running interpreter's environment: the CPU build where it can be had.
 
-PyTorch's own CPU wheel index when it answers within seconds, else whatever pip is configured for: PyPI's build for Linux also runs on a
-CPU, it only brings several GB of CUDA libraries along.
+PyTorch's own CPU wheel index when it answers within seconds, else whatever pip is configured for: PyPI's build for Linux also runs
+on a CPU, it only brings several GB of CUDA libraries along.
 """
 
 import re

@@ -18,20 +18,17 @@ release() { (. /etc/os-release && printf '%s' "$VERSION_CODENAME"); }
 # "MIRROR KEYRING" of this release's main component, from apt's own view of its sources.
 mirror() {
   apt-get indextargets --format "\$(REPO_URI) \$(RELEASE) \$(COMPONENT) \$(SIGNED_BY)" "Created-By: Packages" |
-    awk -v release="$(release)" '$2 == release && $3 == "main" { print $1, $4; exit }'
+    awk -v release="$(release)" '$2 == release && $3 == "main" && !found++ { print $1, $4 }' # to the end: no broken pipe for apt
 }
 
 apt_settings() { apt-config dump | grep -E '^Acquire::(http|https|Check)' || true; }
 
-proxy_of() { apt-config dump "Acquire::$1::Proxy" | sed -n 's/.*"\(.*\)";/\1/p' | head -n1; }
-
-python_tag() { # of the release's own python3
-  apt-cache show python3 2>/dev/null | sed -n 's/^Version: \([0-9]*\)\.\([0-9]*\).*/cp\1\2/p' | head -n1
-}
+proxy_of() { apt-config dump "Acquire::$1::Proxy" | sed -n 's/.*"\(.*\)";/\1/p' | tail -n1; }
 
 bootstrap() { # DIR
   local dir=$1 site keyring
-  local -a options=(--variant=minbase "--include=ca-certificates,python3,python3-venv,curl")
+  local -a options=(--variant=minbase "--include=ca-certificates,python3")
+  [ "$( (. /etc/os-release && echo "$ID"))" != ubuntu ] || options+=("--components=main,universe") # python3-venv is there
   read -r site keyring < <(mirror) || fail "apt names no mirror for \"$(release)\" main; see /etc/apt/sources.list"
   [ -f "${keyring:-}" ] && options+=("--keyring=$keyring")
   say "debootstrap $(release) ..."
@@ -42,7 +39,7 @@ bootstrap() { # DIR
   }
   apt_settings >"$dir/etc/apt/apt.conf.d/90standin"
   cp -L "$CA_BUNDLE" "$dir/etc/ssl/certs/ca-certificates.crt"
-  python3 "$ROOT/ci/standin_pip.py" "$dir" "$TORCH" "$(python_tag)"
+  python3 "$ROOT/ci/standin_pip.py" "$dir" "$TORCH" "$(chroot "$dir" python3 -c 'import sys; print("cp%d%d" % sys.version_info[:2])')"
   rm -rf "$dir"/var/cache/apt/* "$dir"/var/lib/apt/lists/*
 }
 
@@ -50,7 +47,15 @@ command -v docker >/dev/null || fail "docker is not installed"
 [ "$(id -u)" = 0 ] || fail "debootstrap needs root"
 command -v debootstrap >/dev/null || apt_install debootstrap || fail "debootstrap is not installed"
 
-identity=$({ cat "$ROOT/ci/standin-base.sh" "$ROOT/ci/standin_pip.py" "$CA_BUNDLE"; mirror; apt_settings; python3 -m pip config list; echo "$TORCH"; } | sha256sum | cut -c1-12)
+settings() {
+  cat "$ROOT/ci/standin-base.sh" "$ROOT/ci/standin_pip.py" "$CA_BUNDLE"
+  mirror
+  apt_settings
+  python3 -m pip config list
+  echo "$TORCH"
+}
+
+identity=$(settings | sha256sum | cut -c1-12)
 tag=pipedock-standin:$(release)-$identity
 if docker image inspect "$tag" >/dev/null 2>&1; then
   say "reusing $tag"

@@ -1,9 +1,9 @@
-"""Writes DIR/etc/pip.conf and copies torch wheels so that pip inside the stand-in base image reaches what pip on this machine reaches.
+"""Writes DIR/etc/pip.conf and copies torch wheels: pip inside the stand-in base image then reaches what pip on this machine does.
 
     python3 ci/standin_pip.py DIR TORCH_VERSION PYTHON_TAG
 
-Takes over this machine's index, proxy and trust settings; paths of this machine are left out, except that a torch wheel of the wanted
-version in a ``find-links`` folder comes along (``DIR/opt/wheels``): elsewhere it may only exist as a CUDA build of several GB.
+Takes over this machine's index, proxy and trust settings; its paths are left out, except that a torch wheel of the wanted version
+in a ``find-links`` folder comes along (``DIR/opt/wheels``): elsewhere it may only exist as a CUDA build of several GB.
 """
 
 import ast

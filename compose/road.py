@@ -1,0 +1,83 @@
+"""What the compose services run inside their container: ``road.py train run.yaml`` and ``road.py export run.yaml``.
+
+train: makes the example's model and data if run.yaml names them and they are missing, then trains, or goes on where it was stopped.
+export: the run's newest checkpoint -> its export folder, the proof, and ``exports/current``, which the serve service loads.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline_train import config as run_yaml
+from pipeline_train.errors import UserError
+
+DEMO = Path(__file__).resolve().parent.parent / "ci" / "demo"
+EXAMPLE_DATA, EXAMPLE_MODEL = "data/example.jsonl", "models/example-bloom"
+
+
+def check_kept(where: str, key: str, path: str, folder: str) -> None:
+    """Anything written outside the mounted folders would go with the container."""
+    if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError("%s: %s: %s would be lost with the container; put it under %s/" % (where, key, path, folder))
+
+
+def export_dir(config: Any) -> str:
+    return config.export.dir if config.export is not None else "exports/%s" % (config.run.name or Path(config.run.out).name)
+
+
+def demo(script: str, *args: str) -> None:
+    subprocess.run([sys.executable, str(DEMO / script), *args], check=True)
+
+
+def make_example(config: Any) -> None:
+    if config.data.train == EXAMPLE_DATA and not Path(EXAMPLE_DATA).exists():
+        demo("corpus.py", EXAMPLE_DATA, "--english", "64", "--chinese", "16")
+    if config.model.path == EXAMPLE_MODEL and not Path(EXAMPLE_MODEL, "config.json").exists():
+        demo("bloom.py", EXAMPLE_DATA, EXAMPLE_MODEL)
+
+
+def train(path: str, config: Any) -> None:
+    make_example(config)
+    os.execvp("pipedock", ["pipedock", "train", "--config", path, "--resume", "auto"])
+
+
+def export(config: Any) -> None:
+    folder = export_dir(config)
+    for command in (
+        ["pipedock", "to-hf", "--input", config.run.out, "--output", folder, "--overwrite"],
+        ["pipedock", "verify", "--checkpoint", config.run.out, "--export", folder],
+    ):
+        code = subprocess.run(command).returncode
+        if code:
+            sys.exit(code)
+    make_current(folder)
+
+
+def make_current(folder: str) -> None:
+    """Point exports/current at the export; a relative link, so that it holds in any container that mounts exports/."""
+    fresh = Path("exports/.current")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(Path(folder).resolve().relative_to(Path("exports").resolve()), target_is_directory=True)
+    os.replace(fresh, "exports/current")
+    print("exports/current -> %s; `docker compose up -d serve` serves it" % folder, file=sys.stderr)
+
+
+def main(action: str, path: str) -> int:
+    try:
+        config = run_yaml.load(path)
+        check_kept(path, "run.out", config.run.out, "runs")
+        check_kept(path, "export.dir", export_dir(config), "exports")
+    except UserError as error:
+        print("%s: %s" % (action, error), file=sys.stderr)
+        return 2
+    if action == "train":
+        train(path, config)
+    else:
+        export(config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
