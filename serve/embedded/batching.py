@@ -141,8 +141,9 @@ class Scheduler:
         choices: List[Optional[Choice]] = [None] * len(rows)
         if all(row.sampler.plain for row in rows):
             choices = list(pick_plain(logits))
-        for row, line, choice in zip(rows, logits, choices):
+        for row in rows:  # all of them before anybody leaves: a row is moved with its newest token
             row.length += 1
+        for row, line, choice in zip(rows, logits, choices):
             self._add(row, choice or row.sampler.pick(line))
         self._metrics.observe("tgi_batch_decode_duration", time.perf_counter() - forward, "decode")
         self._end("decode", started, forward)

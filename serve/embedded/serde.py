@@ -187,7 +187,7 @@ def _load(body: bytes) -> Tuple[str, Any]:
     except UnicodeDecodeError as error:
         _syntax(body[: error.start].decode("utf-8"), error.start, "invalid unicode code point")
     except json.JSONDecodeError as error:
-        at_end = not text[error.pos :].strip()
+        at_end = not text[error.pos :].strip() or error.msg.startswith("Unterminated")
         eof, elsewhere = next(pair for start, *pair in SYNTAX if error.msg.startswith(start))
         _syntax(text, len(text) if at_end and eof else error.pos + 1, eof if at_end and eof else elsewhere)
     except RecursionError:

@@ -1,0 +1,168 @@
+"""Rows of the slot cache compute what transformers computes, and the same bits in any company."""
+
+import random
+
+import pytest
+
+pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from pipeline_train.errors import RunFailed, UserError  # noqa: E402
+from serve.embedded import packed  # noqa: E402
+from serve.embedded.engine import Engine  # noqa: E402
+from tests.models import make_hf, tiny_config  # noqa: E402
+
+# Widths in multiples of 32, as published models have: then not one bit depends on the batch.
+WIDE = {"hidden_size": 64, "num_attention_heads": 4}
+CASES = {
+    "llama": tiny_config("llama", **WIDE, intermediate_size=96, num_key_value_heads=4, max_position_embeddings=512),
+    "llama-gqa-tied": tiny_config(
+        "llama", **WIDE, intermediate_size=96, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=512
+    ),
+    "bloom": tiny_config("bloom", hidden_size=64, n_head=4),
+    "bloom-6-heads": tiny_config("bloom", hidden_size=96, n_head=6, tie_word_embeddings=False),
+}
+
+
+@pytest.fixture(scope="module", params=sorted(CASES))
+def pair(request, tmp_path_factory):
+    """(the engine, the plain model)"""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = make_hf(folder, CASES[request.param])
+    return Engine(str(folder)), model
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def plain_greedy(model, ids, count):
+    out = []
+    for _ in range(count):
+        logits = model(torch.tensor([ids + out])).logits[0, -1]
+        out.append(int(logits.argmax()))
+    return out
+
+
+def greedy_alone(engine, ids, count):
+    """-> (tokens, logits of every step)"""
+    engine.clear()
+    logits, tokens, seen = engine.prefill(0, ids, 0)[0], [], []
+    for step in range(count):
+        seen.append(logits.clone())
+        tokens.append(int(logits.argmax()))
+        logits = engine.decode([tokens[-1]], [len(ids) + step])[0]
+    return tokens, seen
+
+
+def prompts(count, seed=1):
+    pick = random.Random(seed)
+    return [[pick.randrange(3, 131) for _ in range(pick.choice([1, 2, 5, 30, 63, 64, 65, 130]))] for _ in range(count)]
+
+
+def test_greedy_is_transformers_greedy(pair):
+    engine, model = pair
+    for ids in prompts(4):
+        assert greedy_alone(engine, ids, 8)[0] == plain_greedy(model, ids, 8)
+
+
+def test_logits_have_the_same_bits_in_any_company(pair):
+    """Rows join one after the other while the rest decodes; each row's logits are those it has alone, bit by bit."""
+    engine, _ = pair
+    asked = prompts(7, seed=2)
+    alone = [greedy_alone(engine, ids, 10)[1] for ids in asked]
+    engine.clear()
+    tokens, lengths, seen = [], [], [[] for _ in asked]
+    for step in range(24):
+        if len(tokens) < len(asked) and step % 2 == 0:
+            row = len(tokens)
+            logits = engine.prefill(row, asked[row], 0)[0]
+            seen[row].append(logits.clone())
+            tokens.append(int(logits.argmax()))
+            lengths.append(len(asked[row]))
+        logits = engine.decode(tokens, lengths)
+        for row, line in enumerate(logits):
+            seen[row].append(line.clone())
+            tokens[row], lengths[row] = int(line.argmax()), lengths[row] + 1
+    for mine, theirs in zip(alone, seen):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
+
+
+def test_a_prompt_in_pieces_is_the_prompt(pair):
+    engine, model = pair
+    ids = prompts(1, seed=5)[0] * 3 + list(range(3, 90))
+    engine.clear()
+    for start in range(0, len(ids), 32):
+        logits = engine.prefill(0, ids[start : start + 32], start, all_logits=True)
+    wanted = model(torch.tensor([ids])).logits[0, -logits.shape[0] :]
+    assert torch.allclose(logits, wanted, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_moved_rows_go_on(pair):
+    engine, model = pair
+    first, second = [5, 6, 7], [8, 9, 10, 11, 12]
+    engine.clear()
+    engine.prefill(0, first, 0)
+    engine.prefill(1, second, 0)
+    engine.decode([3, 4], [3, 5])
+    engine.move(1, 0, 6)
+    logits = engine.decode([20], [6])[0]
+    wanted = model(torch.tensor([second + [4, 20]])).logits[0, -1]
+    assert torch.allclose(logits, wanted, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_own_attention_where_the_model_lets_us(pair):
+    engine, model = pair
+    assert engine.attention == ("our own" if model.config.model_type == "llama" else "the model's own")
+    assert engine.kv_bytes > 0
+
+
+@pytest.mark.skipif(not packed.available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [(576, 1536), (192, 576), (131, 64)])
+def test_packed_linear_rows_do_not_depend_on_their_number(size, bias):
+    out, inner = size
+    linear = torch.nn.Linear(inner, out, bias=bias)
+    layer, x = packed.PackedLinear(linear), torch.randn(33, inner)
+    whole = layer(x)
+    assert torch.allclose(whole, linear(x), atol=1e-4)
+    for rows in (1, 2, 3, 7, 16, 32):
+        assert torch.equal(layer(x[:rows]), whole[:rows])
+
+
+def test_a_sliding_window_is_kept(tmp_path):
+    model = make_hf(
+        tmp_path,
+        {"model_type": "mistral", "vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 6, "max_position_embeddings": 128},
+    )  # fmt: skip
+    engine = Engine(str(tmp_path))
+    ids = list(range(3, 40))
+    assert greedy_alone(engine, ids, 6)[0] == plain_greedy(model, ids, 6)
+
+
+def test_missing_weights_are_not_made_up(tmp_path):
+    make_hf(tmp_path, tiny_config("llama"))
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="1 weights are missing, the first is model.layers.1.mlp.up_proj.weight"):
+        Engine(str(tmp_path))
+
+
+def test_a_model_that_cannot_be_batched_is_refused(tmp_path, monkeypatch):
+    """Planted: positions that are off by one in every decode step."""
+    make_hf(tmp_path, tiny_config("llama"))
+    forward = Engine._forward
+
+    def shifted(self, ids, step):
+        if step.decode:
+            step.columns = step.columns - 1
+        return forward(self, ids, step)
+
+    monkeypatch.setattr(Engine, "_forward", shifted)
+    with pytest.raises(RunFailed, match="away from a plain forward pass .* models of type llama cannot be served"):
+        Engine(str(tmp_path))
