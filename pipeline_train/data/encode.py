@@ -11,11 +11,11 @@ import shutil
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Union
 
-from ..errors import UserError
+from ..errors import RunFailed, UserError
 from . import tokens
 from .records import Record
 from .stops import find_stops, match_bos
-from .template import DEFAULT_CHAT_TEMPLATE, Messages, PromptFormat, TemplateRefused, Turn, render
+from .template import DEFAULT_CHAT_TEMPLATE, Messages, PromptFormat, TemplateRefused, Turn, instruct_prompt, render
 
 IGNORED = -100
 
@@ -202,7 +202,8 @@ class TextCodec:
         path = folder / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         config["chat_template"] = self.chat_template
-        for name in ("bos_token", "eos_token", "add_bos_token"):  # older transformers write what was loaded, not what was set
+        # Old transformers write what was loaded, not what was set; transformers 5 drops "legacy", which decides ids.
+        for name in ("bos_token", "eos_token", "add_bos_token", "legacy"):
             if getattr(self.tokenizer, name, None) is not None:
                 config[name] = getattr(self.tokenizer, name)
         _write_json(path, config)
@@ -213,6 +214,18 @@ class TextCodec:
         if self.tokenizer.bos_token_id is not None:
             generation["bos_token_id"] = self.tokenizer.bos_token_id
         _write_json(folder / "generation_config.json", generation)
+        self._prove_saved(folder)
+
+    def _prove_saved(self, folder: Path) -> None:
+        """What a server will load gives the ids of training; libraries have lost settings on this way more than once."""
+        from transformers import AutoTokenizer
+
+        again = AutoTokenizer.from_pretrained(str(folder), use_fast=self.tokenizer.is_fast)
+        asked = self.format.render([{"role": "user", "content": "1 a"}], True)
+        for text in ("1 a", instruct_prompt("1 a"), asked, "%s 2 b%s3\n" % (asked, self.end.text)):
+            for ids in (tokens.raw, tokens.whole):
+                if ids(again, text) != ids(self.tokenizer, text):
+                    raise RunFailed("%s: the saved tokenizer gives other ids than the one it was made from (%r)" % (folder, text))
 
 
 def _write_json(path: Path, value: Any) -> None:

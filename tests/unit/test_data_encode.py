@@ -1,6 +1,7 @@
 """Training ids == the ids a server makes of the same prompt, for every kind of tokenizer, both formats, every turn."""
 
 import json
+import shutil
 
 import pytest
 import transformers
@@ -10,7 +11,7 @@ from pipeline_train.data import tokens
 from pipeline_train.data.encode import TextCodec
 from pipeline_train.data.records import Record
 from pipeline_train.data.template import TemplateRefused, instruct_prompt, messages_of, render
-from pipeline_train.errors import UserError
+from pipeline_train.errors import RunFailed, UserError
 from tests.tokenizers import CHATML, KINDS, TEXTS, tiny_tokenizer
 
 OLD = tuple(int(n) for n in transformers.__version__.split(".")[:2]) < (4, 34)
@@ -191,6 +192,21 @@ def test_an_export_encodes_as_before(folder, tmp_path, kind, chat):
     assert config["chat_template"] == (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == codec.chat_template
     assert (tmp_path / "tokenizer.model").exists() == kind.startswith("spm")
     assert config["eos_token"] == ("<|im_end|>" if chat else codec.tokenizer.convert_ids_to_tokens(codec.eos_id))
+
+
+def test_a_saved_tokenizer_that_gives_other_ids_is_a_failure(folder, tmp_path, monkeypatch):
+    codec = TextCodec.load(folder("bpe"))
+    other = tiny_tokenizer(tmp_path / "other", "bpe", texts=["1 a " * 50])
+    (tmp_path / "other" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    save = codec.tokenizer.save_pretrained
+
+    def broken(out):
+        save(out)
+        shutil.copyfile(str(tmp_path / "tokenizer.json"), out + "/tokenizer.json")
+
+    monkeypatch.setattr(codec.tokenizer, "save_pretrained", broken)
+    with pytest.raises(RunFailed, match="the saved tokenizer gives other ids than the one it was made from"):
+        codec.save(other)
 
 
 def test_generation_stops_at_the_turns_end_first_then_at_eos_and_what_the_model_listed(folder, tmp_path):
