@@ -111,7 +111,7 @@ def settle_ties(pipe: Pipeline) -> None:
     mine = [pipe.read_whole(stage.tied_weight, moment) for moment in (None,) + pipe.moments]
     first = pipe.stage.topology().get_rank(pipe=0, data=pipe.data_rank)
     for moment, value in zip((None,) + pipe.moments, mine):
-        theirs = value.to(stage.tied_weight.device)
+        theirs = value.clone().to(stage.tied_weight.device)
         dist.broadcast(theirs, src=first, group=stage.tied_group)
         off = int((theirs.cpu() != value).sum())
         if off:

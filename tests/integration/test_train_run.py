@@ -56,7 +56,7 @@ def root(tmp_path_factory):
         "run": {"out": str(root / "out"), "name": "colours"}, "model": {"path": str(root / "model")},
         "data": {"train": str(root / "train.jsonl"), "eval": str(root / "eval.jsonl"), "seq_len": 64},
         "parallel": {"pipe": 2, "recompute": "blocks"}, "batch": {"global": 6}, "optim": {"lr": 1e-3, "warmup": 2},
-        "train": {"epochs": 2, "save_every": 4, "keep": 2},
+        "train": {"epochs": 2, "save_every": 4, "eval_every": 3, "keep": 2},
     }  # fmt: skip
     (root / "run.yaml").write_text(json.dumps(run))
     done = train(root, "--json")
@@ -78,7 +78,7 @@ def test_the_answer_and_the_folder_are_what_the_interface_says(root):
     assert {line["epoch"] for line in lines if line["kind"] == "step"} == {0, 1}
     assert sum(line["tokens"] for line in lines if line["kind"] == "step") == answer["tokens"]
     assert [line["step"] for line in lines if line["kind"] == "save"] == list(range(4, total, 4)) + [total]
-    assert [line["step"] for line in lines if line["kind"] == "eval"] == [total]
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == list(range(3, total, 3)) + [total]
     assert "step %d/%d  loss" % (total, total) in (root / "stderr.txt").read_text()
     assert "peak memory per stage:" in (root / "stderr.txt").read_text()
     assert json.loads((root / "out" / "resolved" / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 1
@@ -127,8 +127,9 @@ def resumed(root, name, *arguments):
     return out
 
 
-def test_resume_is_bit_equal_across_an_epoch(root):
-    out = resumed(root, "again")
+def test_resume_is_bit_equal_and_evaluation_disturbs_nothing(root):
+    """The first run evaluated after every third step, this one only at the end."""
+    out = resumed(root, "again", "--set", "train.eval_every=1000")
     wanted, found = steps_of(root / "out"), steps_of(out)
     assert sorted(found) == sorted(wanted)
     for step in wanted:
