@@ -7,9 +7,12 @@ from typing import Any, Dict, Tuple
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from export.verify import verify
 from pipeline_train import families, manifest
+from pipeline_train.errors import RunFailed, UserError
+from pipeline_train.weights import open_source
 from tests.models import make_hf, tiny_config
 from tests.tokenizers import tiny_tokenizer
 
@@ -181,3 +184,32 @@ def seal(folder: Path, run_dtype: str = "fp32", step: int = 7) -> None:
         "format": manifest.FORMAT, "kind": "checkpoint", "family": dims.family, "run_dtype": run_dtype, "layer_dtype": "fp32",
         "tied": dims.tied, "layers": dims.layers, "step": step, "files": files, "versions": {}, "run_name": "test",
     })  # fmt: skip
+
+
+def failing(checkpoint, export, **options):
+    """-> (message, proof.json) of a verification that must fail."""
+    with pytest.raises(RunFailed) as caught:
+        verify(str(checkpoint), str(export), **options)
+    proof = json.loads((export / "proof.json").read_text())
+    assert proof["holds"] is False and proof["failures"]
+    assert "\n" not in str(caught.value)
+    return str(caught.value), proof
+
+
+def change_weights(export, change):
+    state = load_file(str(export / "model.safetensors"))
+    change(state)
+    save_file(state, str(export / "model.safetensors"), metadata={"format": "pt"})
+
+
+def refused(folder):
+    with pytest.raises(UserError) as caught:
+        open_source(str(folder)).check()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def rewrite(folder, change):
+    state = load_file(str(folder / "model.safetensors"))
+    change(state)
+    save_file(state, str(folder / "model.safetensors"), metadata={"format": "pt"})

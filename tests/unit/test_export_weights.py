@@ -1,6 +1,5 @@
 """The strict reader: everything that is wrong with a folder of weights is one line that names it."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline_train.errors import UserError
-from pipeline_train.weights import files, open_source, same_bits
+from pipeline_train.weights import open_source, same_bits
 from tests.models import make_hf, tiny_config
-from tests.roundtrip.folders import edit_json, make_checkpoint, save_bin, seal, state_of, without_weights
+from tests.roundtrip.folders import edit_json, make_checkpoint, refused, rewrite, seal, state_of, without_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,34 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 def folder(tmp_path):
     make_hf(tmp_path / "m", tiny_config("llama"))
     return tmp_path / "m"
-
-
-def refused(folder):
-    with pytest.raises(UserError) as caught:
-        open_source(str(folder)).check()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def rewrite(folder, change):
-    state = load_file(str(folder / "model.safetensors"))
-    change(state)
-    save_file(state, str(folder / "model.safetensors"), metadata={"format": "pt"})
-
-
-def shard(folder, count=3):
-    """Split into safetensors shards with an index -> the index's path."""
-    state = load_file(str(folder / "model.safetensors"))
-    (folder / "model.safetensors").unlink()
-    weight_map = {}
-    for number in range(count):
-        name = "model-%05d-of-%05d.safetensors" % (number + 1, count)
-        part = {key: state[key] for key in sorted(state)[number::count]}
-        save_file(part, str(folder / name), metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(part, name))
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
-    return index
 
 
 def test_missing_extra_and_misshapen_keys_are_listed_together(folder):
@@ -83,106 +54,6 @@ def test_reading_without_check_is_strict_too(folder):
         list(source.pieces(4, "norm.weight"))
     with pytest.raises(UserError, match="1 missing: lm_head.weight"):
         source.tensor(4, "lm_head.weight")
-
-
-@pytest.mark.parametrize("dtype, shown", [(torch.int8, "I8"), (torch.float64, "F64")])
-def test_dtypes_that_are_no_weights(folder, dtype, shown):
-    rewrite(folder, lambda state: state.update({"model.norm.weight": state["model.norm.weight"].to(dtype)}))
-    assert "model.norm.weight: has dtype %s; weights must be fp32, bf16 or fp16" % shown in refused(folder)
-    with pytest.raises(UserError, match="has dtype %s" % shown):
-        open_source(str(folder)).layer(4)
-    state = load_file(str(folder / "model.safetensors"))
-    without_weights(folder)
-    save_bin(folder, state)
-    assert "model.norm.weight: has dtype %s" % dtype in refused(folder)
-
-
-DAMAGE = {
-    "cut off": (lambda data: data[:-1000], "cut off: its header promises"),
-    "cut off in the header": (lambda data: data[:300], "cut off: the header alone needs"),
-    "longer": (lambda data: data + b"0", "has 1 bytes more than its header describes"),
-    "empty": (lambda data: b"", "not a safetensors file, or an empty one"),
-    "a GGUF": (lambda data: b"GGUF\x03\x00\x00\x00" + data, "not a safetensors file, or an empty one"),
-    "not JSON": (lambda data: data[:8] + b"?" + data[9:], "its header is not JSON"),
-    "a JSON list": (lambda data: (2).to_bytes(8, "little") + b"[]", "its header is not a JSON object"),
-    "a git-lfs pointer": (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7\n", "git lfs pull"),
-    "wrong offsets": (lambda data: data.replace(b'"shape":[48]', b'"shape":[47]', 1), "is damaged; copy the file again"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_safetensors(folder, damage):
-    change, message = DAMAGE[damage]
-    path = folder / "model.safetensors"
-    path.write_bytes(change(path.read_bytes()))
-    assert message in refused(folder) and str(path) in refused(folder)
-
-
-def test_a_file_that_shrinks_while_it_is_read(folder):
-    source = open_source(str(folder))
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(UserError, match="ended while it was read; was it changed"):
-        [source.layer(layer) for layer in range(5)]
-    path.unlink()
-    with pytest.raises(UserError, match="model.safetensors: cannot be read: No such file"):
-        source.layer(0)
-
-
-def test_damaged_bin(folder):
-    state = load_file(str(folder / "model.safetensors"))
-    without_weights(folder)
-    save_bin(folder, state)
-    path = folder / "pytorch_model.bin"
-    whole = path.read_bytes()
-    for data in (whole[:-2000], b"", b"PK\x03\x04", whole[:1000]):
-        path.write_bytes(data)
-        assert "pytorch_model.bin: not a whole file of tensors" in refused(folder)
-    torch.save([1, 2], str(path))
-    assert "pytorch_model.bin: not a state dict" in refused(folder)
-
-
-class Planted:
-    def __reduce__(self):
-        return (os.system, ("touch planted",))
-
-
-def test_a_bin_that_would_run_code(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    without_weights(folder)
-    torch.save({"model.norm.weight": Planted()}, str(folder / "pytorch_model.bin"))
-    assert "not a whole file of tensors" in refused(folder)
-    assert not (folder / "planted").exists()
-
-
-def test_a_broken_index(folder):
-    index = shard(folder)
-    source = open_source(str(folder))
-    source.check()
-    whole = json.loads(index.read_text())["weight_map"]
-    for name in ("../m/model-00001-of-00003.safetensors", "/etc/passwd", "..", "x.txt", "a\\b.safetensors"):
-        index.write_text(json.dumps({"weight_map": dict(whole, **{"model.norm.weight": name})}))
-        assert "which is not a weight file of this folder; the index is not to be trusted" in refused(folder)
-    index.write_text(json.dumps({"weight_map": dict(whole, **{"model.norm.weight": "model-00004-of-00003.safetensors"})}))
-    assert "names the shard model-00004-of-00003.safetensors, which is not there; the download is not complete" in refused(folder)
-    other = next(name for name in whole.values() if name != whole["model.norm.weight"])
-    index.write_text(json.dumps({"weight_map": dict(whole, **{"model.norm.weight": other})}))
-    assert "%s: model.norm.weight is not in this file, although model.safetensors.index.json says so" % other in refused(folder)
-    for text in ("{", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[]"):
-        index.write_text(text)
-        assert 'not an index of shards (expected JSON with "weight_map": {key: file})' in refused(folder)
-
-
-def test_a_bin_index_that_lies(folder):
-    state = load_file(str(folder / "model.safetensors"))
-    without_weights(folder)
-    save_bin(folder, state, shards=2)
-    index = folder / "pytorch_model.bin.index.json"
-    document = json.loads(index.read_text())
-    names = sorted(set(document["weight_map"].values()))
-    document["weight_map"]["model.norm.weight"] = next(n for n in names if n != document["weight_map"]["model.norm.weight"])
-    index.write_text(json.dumps(document))
-    assert "model.norm.weight is not in this file, although the index says so" in refused(folder)
 
 
 def test_no_weights(folder):
@@ -235,30 +106,6 @@ def test_layer_files_are_exact(tmp_path):
     assert "1 missing: layer_004.safetensors/norm.weight" in refused(tmp_path)
     edit_json(tmp_path / "manifest.json", family="bloom")
     assert "manifest.json says family 'bloom' but its config.json 'llama'; one of them was changed" in refused(tmp_path)
-
-
-def test_the_plain_reader_equals_the_safetensors_library(tmp_path):
-    state = {
-        "a": torch.randn(3, 5), "b": torch.randn(7, dtype=torch.float32).bfloat16(), "c": torch.randn(2, 2, 2).half(),
-        "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4),
-    }  # fmt: skip
-    save_file(state, str(tmp_path / "x.safetensors"))
-    file = files.SafetensorsFile(tmp_path / "x.safetensors")
-    assert {name: entry.shape for name, entry in file.entries.items()} == {name: tuple(t.shape) for name, t in state.items()}
-    assert all(same_bits(file.read(name), tensor) for name, tensor in state.items())
-
-
-def test_pieces_are_the_tensor(folder, monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 1000)
-    source = open_source(str(folder))
-    pieces = list(source.pieces(0, "embed_tokens.weight"))
-    assert [len(piece) for piece in pieces] == [1000] * 6 + [288]
-    whole = source.tensor(0, "embed_tokens.weight")
-    assert same_bits(torch.cat(pieces), whole.reshape(-1))
-    state = load_file(str(folder / "model.safetensors"))
-    without_weights(folder)
-    save_bin(folder, state)
-    assert same_bits(torch.cat(list(open_source(str(folder)).pieces(0, "embed_tokens.weight"))), whole.reshape(-1))
 
 
 def test_paths_that_are_no_folder(folder):
