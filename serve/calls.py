@@ -1,6 +1,7 @@
 """What the synchronous and the asynchronous client share: settings, request bodies, pauses, and the reading of lines."""
 
 import codecs
+import os
 import random
 import time
 from typing import Any, Dict, Iterator, List, Optional, TypeVar
@@ -25,7 +26,8 @@ class Settings:
         backoff: float = 0.25,
     ) -> None:
         """``timeout``: seconds to wait for a connection and for each next byte; ``deadline``: seconds for a whole call, retries
-        included; ``retries``: how often more; ``backoff``: first pause in seconds, doubled up to 8 s, with jitter."""
+        included (looked at between reads); ``retries``: how often more; ``backoff``: first pause in seconds, doubled up to 8,
+        with jitter."""
         self.url = url.rstrip("/")
         self.timeout, self.deadline, self.retries, self.backoff = timeout, deadline, retries, backoff
         self.headers = {"Authorization": "Bearer " + api_key} if api_key else {}
@@ -88,10 +90,10 @@ class Ending:
 
 
 def reason(error: BaseException) -> str:
-    """The innermost cause in a few words: ``Connection refused`` instead of the libraries' chain."""
-    text = str(error)
-    for cause in (error.__cause__, error.__context__, *error.args):
-        if isinstance(cause, BaseException):
-            text = reason(cause)
-            break
-    return text.rsplit("] ", 1)[-1].split(": ", 1)[-1].strip(")'\" ") or type(error).__name__
+    """The system's own words behind the libraries' chain of exceptions, ``Connection refused`` say; else what they say."""
+    todo: List[Any] = [error]
+    for one in todo[:20]:
+        if isinstance(one, OSError) and one.errno:
+            return os.strerror(one.errno)
+        todo += [next_ for next_ in (one.__cause__, one.__context__, *one.args) if isinstance(next_, BaseException)]
+    return str(error) or type(error).__name__

@@ -136,9 +136,18 @@ def test_packed_linear_rows_do_not_depend_on_their_number(size, bias):
 def test_a_sliding_window_is_kept(tmp_path):
     model = make_hf(
         tmp_path,
-        {"model_type": "mistral", "vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 6, "max_position_embeddings": 128},
-    )  # fmt: skip
+        {
+            "model_type": "mistral",
+            "vocab_size": 131,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "sliding_window": 6,
+            "max_position_embeddings": 128,
+        },
+    )
     engine = Engine(str(tmp_path))
     ids = list(range(3, 40))
     assert greedy_alone(engine, ids, 6)[0] == plain_greedy(model, ids, 6)

@@ -96,9 +96,15 @@ def test_greedy_takes_the_first_of_equals_alone_and_in_a_batch():
 
 @pytest.mark.parametrize(
     "how",
-    [Sampling(), Sampling(seed=1, temperature=1e-30), Sampling(seed=1, temperature=1e30), Sampling(seed=1, top_p=0.5, typical_p=0.5),
-     Sampling(repetition_penalty=1e30), Sampling(repetition_penalty=1e-30, seed=1)],
-)  # fmt: skip
+    [
+        Sampling(),
+        Sampling(seed=1, temperature=1e-30),
+        Sampling(seed=1, temperature=1e30),
+        Sampling(seed=1, top_p=0.5, typical_p=0.5),
+        Sampling(repetition_penalty=1e30),
+        Sampling(repetition_penalty=1e-30, seed=1),
+    ],
+)
 @pytest.mark.parametrize("logits", [[math.nan, 1.0, 2.0], [math.inf, -math.inf, 0.0], [1e38, -1e38, 0.0], [math.nan] * 3])
 def test_no_logits_and_no_setting_break_the_choice(how, logits):
     choice = Sampler(how, [0, 1]).pick(torch.tensor(logits))

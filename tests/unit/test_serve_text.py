@@ -15,7 +15,10 @@ ANSWERS = [" Paris is the capital of France.", " 你好，世界 🎉🧑‍🚀
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     root = tmp_path_factory.mktemp("tokenizers")
-    return {kind: Text(str(tiny_tokenizer(root / kind, kind, chat_template=CHATML, special=["<|im_start|>", "<|im_end|>"]))) for kind in KINDS}
+    return {
+        kind: Text(str(tiny_tokenizer(root / kind, kind, chat_template=CHATML, special=["<|im_start|>", "<|im_end|>"])))
+        for kind in KINDS
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)

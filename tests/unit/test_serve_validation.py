@@ -54,17 +54,38 @@ def test_each_rule_and_its_place(place):
 
 @pytest.mark.parametrize(
     "given",
-    [{"temperature": -1.0}, {"repetition_penalty": -0.1}, {"frequency_penalty": -2.1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -3}, {"truncate": 0}],
-)  # fmt: skip
+    [
+        {"temperature": -1.0},
+        {"repetition_penalty": -0.1},
+        {"frequency_penalty": -2.1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -3},
+        {"truncate": 0},
+    ],
+)
 def test_the_other_side_of_the_ranges(given):
     assert next(iter(given)) in problem(validation.check, "x", asked(**given), LIMITS)
 
 
 @pytest.mark.parametrize(
     "given",
-    [{}, {"temperature": 1e-9}, {"frequency_penalty": 2.0}, {"frequency_penalty": -2.0}, {"top_p": 0.99}, {"top_k": 1}, {"truncate": 99},
-     {"stop": ["a"] * 4}, {"top_n_tokens": 5}, {"top_n_tokens": 0}, {"best_of": 1}, {"best_of": 0}, {"best_of": 2, "temperature": 1.0}],
-)  # fmt: skip
+    [
+        {},
+        {"temperature": 1e-9},
+        {"frequency_penalty": 2.0},
+        {"frequency_penalty": -2.0},
+        {"top_p": 0.99},
+        {"top_k": 1},
+        {"truncate": 99},
+        {"stop": ["a"] * 4},
+        {"top_n_tokens": 5},
+        {"top_n_tokens": 0},
+        {"best_of": 1},
+        {"best_of": 0},
+        {"best_of": 2, "temperature": 1.0},
+    ],
+)
 def test_what_is_allowed(given):
     validation.check("x", asked(**given), LIMITS)
 
@@ -93,7 +114,12 @@ def test_truncate_keeps_the_end():
 
 
 @pytest.mark.parametrize(
-    "given, name", [({"watermark": True}, "watermark"), ({"grammar": {"type": "regex", "value": "a"}}, "grammar"), ({"adapter_id": "x"}, "adapter_id")]
+    "given, name",
+    [
+        ({"watermark": True}, "watermark"),
+        ({"grammar": {"type": "regex", "value": "a"}}, "grammar"),
+        ({"adapter_id": "x"}, "adapter_id"),
+    ],
 )
 def test_features_that_are_missing_are_refused(given, name):
     assert problem(validation.accept, [1], asked(max_new_tokens=1, **given), LIMITS) == "%s is not supported" % name
@@ -115,9 +141,18 @@ def test_streams():
 
 @pytest.mark.parametrize(
     "given, sampled",
-    [({}, False), ({"temperature": 1.0}, False), ({"temperature": 0.5}, True), ({"top_k": 3}, True), ({"top_p": 0.5}, True),
-     ({"typical_p": 0.5}, True), ({"do_sample": True}, True), ({"seed": 3}, False), ({"repetition_penalty": 1.5}, False)],
-)  # fmt: skip
+    [
+        ({}, False),
+        ({"temperature": 1.0}, False),
+        ({"temperature": 0.5}, True),
+        ({"top_k": 3}, True),
+        ({"top_p": 0.5}, True),
+        ({"typical_p": 0.5}, True),
+        ({"do_sample": True}, True),
+        ({"seed": 3}, False),
+        ({"repetition_penalty": 1.5}, False),
+    ],
+)
 def test_what_counts_as_sampling(given, sampled):
     assert (validation.sampling_of(asked(**given)).seed is not None) is sampled
 

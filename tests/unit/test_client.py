@@ -1,0 +1,204 @@
+"""Our clients against byte streams written from the contract: 0.8 and 3.3, retries, deadlines, broken answers, every error kind."""
+
+import asyncio
+import json
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("httpx", reason="the async client needs Python 3.10")
+from serve import client as library  # noqa: E402
+from serve.client import AsyncClient, Client  # noqa: E402
+from tests.contract.recorded import CHAT_33, OVERLOADED, STREAM_08, STREAM_33, WHOLE, Stub, cut, whole  # noqa: E402
+from tests.free_port import free_port  # noqa: E402
+
+
+class Sync:
+    """One face for both clients: lists instead of iterators."""
+
+    def __init__(self, url, **settings):
+        self.made = (url, {"backoff": 0.01, "timeout": 10, **settings})
+
+    def call(self, name, *args, **more):
+        url, settings = self.made
+        with Client(url, **settings) as client:
+            found = getattr(client, name)(*args, **more)
+            return list(found) if name.endswith("_stream") else found
+
+
+class Async(Sync):
+    def call(self, name, *args, **more):
+        async def work():
+            url, settings = self.made
+            async with AsyncClient(url, **settings) as client:
+                found = getattr(client, name)(*args, **more)
+                return [one async for one in found] if name.endswith("_stream") else await found
+
+        return asyncio.run(work())
+
+
+both = pytest.mark.parametrize("kind", [Sync, Async])
+
+
+@both
+@pytest.mark.parametrize("stream, length", [(STREAM_33, 4), (STREAM_08, None)], ids=["3.3", "0.8"])
+def test_streams_of_both_ages_in_pieces_of_any_size(kind, stream, length):
+    with Stub(cut(stream), cut(stream, 1000)) as stub:
+        pieces = kind(stub.url).call("generate_stream", "hello", max_new_tokens=3, stop=None)
+        assert [piece.text for piece in pieces] == ["", "你", ""]
+        last = pieces[-1]
+        assert (last.generated_text, last.finish_reason, last.generated_tokens, last.seed) == ("你", "eos_token", 3, 7)
+        assert last.input_length == length and pieces[1].token.logprob is None
+        assert stub.seen[0] == ("/generate_stream", {"inputs": "hello", "parameters": {"details": True, "max_new_tokens": 3}}, None)
+        assert kind(stub.url).call("generate_stream", "hello") == pieces
+
+
+@both
+def test_whole_answers_as_object_and_as_list(kind):
+    with Stub(whole(WHOLE), whole(b"[" + WHOLE + b"]"), whole(b'{"generated_text":"x"}')) as stub:
+        client = kind(stub.url, api_key="secret")
+        made = client.call("generate", "hello")
+        assert (made.text, made.finish_reason, made.generated_tokens, made.seed) == ("ab", "length", 2, 9)
+        assert made.tokens[0] == library.Token(3, "a", -1.5) and made.prefill[0].logprob is None
+        assert made.others[0].text == "cd"
+        assert client.call("generate", "hello") == made
+        assert client.call("generate", "hello").text == "x"
+        assert stub.seen[0][2] == "Bearer secret"
+
+
+@both
+def test_chat_and_its_stream(kind):
+    answer = {"model": "m", "choices": [{"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop"}]}
+    with Stub(whole(json.dumps(answer).encode()), cut(CHAT_33)) as stub:
+        client = kind(stub.url)
+        chat = client.call("chat", [{"role": "user", "content": "x"}], max_tokens=4)
+        assert (chat.content, chat.finish_reason) == ("Hi", "stop")
+        pieces = client.call("chat_stream", [{"role": "user", "content": "x"}])
+        assert "".join(piece.text for piece in pieces) == "Hi" and pieces[-1].completion_tokens == 2
+        assert stub.seen[0][1] == {"model": "tgi", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
+        assert stub.seen[1][1]["stream_options"] == {"include_usage": True}
+
+
+@both
+@pytest.mark.parametrize(
+    "first",
+    [
+        whole(OVERLOADED, 429),
+        whole(b'{"error":"unhealthy","error_type":"healthcheck"}', 503),
+        whole(b"data: " + OVERLOADED + b"\n\n"),
+    ],
+    ids=["429", "503", "in the stream"],
+)
+def test_what_passes_is_tried_again(kind, first):
+    with Stub(first, first, cut(STREAM_33)) as stub:
+        assert kind(stub.url).call("generate_stream", "x")[-1].generated_text == "你"
+        assert len(stub.seen) == 3
+    with Stub(first) as stub:
+        with pytest.raises((library.Overloaded, library.Unavailable)):
+            kind(stub.url, retries=2).call("generate_stream", "x")
+        assert len(stub.seen) == 3
+
+
+@both
+def test_a_server_that_is_not_there_yet(kind):
+    port = free_port()
+    made = []
+    timer = threading.Timer(0.3, lambda: made.append(Stub(whole(WHOLE), port=port)))
+    timer.start()
+    try:
+        assert kind("http://127.0.0.1:%d" % port, backoff=0.1).call("generate", "x").text == "ab"
+    finally:
+        timer.join()
+        made[0].__exit__()
+    with pytest.raises(library.Unreachable, match="Connection refused|All connection attempts failed"):
+        kind("http://127.0.0.1:%d" % free_port(), retries=0).call("generate", "x")
+
+
+@both
+@pytest.mark.parametrize(
+    "status, body, error, text",
+    [
+        (422, b'{"error":"Input validation error: x","error_type":"validation"}', library.Invalid, "Input validation error: x"),
+        (422, b'{"error":"Template error: x","error_type":"template_error"}', library.Invalid, "Template error: x"),
+        (422, b"Failed to deserialize", library.Invalid, "Failed to deserialize"),
+        (400, b"Failed to parse", library.Invalid, "Failed to parse"),
+        (415, b"Expected request", library.Invalid, "Expected request"),
+        (424, b'{"error":"Request failed","error_type":"generation"}', library.GenerationFailed, "Request failed"),
+        (500, b'{"error":"Incomplete generation","error_type":"incomplete_generation"}', library.GenerationFailed, "Incomplete"),
+        (401, b"", library.Unauthorized, "the server answered 401 without a text"),
+        (404, b"", library.NotFound, "404"),
+        (500, b"oops", library.ClientError, "oops"),
+        (200, b"<html>", library.GenerationFailed, "the answer is no JSON: <html>"),
+        (200, b'{"x":1}', library.GenerationFailed, "not an answer of a text generation server"),
+        (200, b"[]", library.GenerationFailed, "not an answer of a text generation server"),
+    ],
+)
+def test_errors_keep_the_servers_words(kind, status, body, error, text):
+    with Stub(whole(body, status)) as stub:
+        with pytest.raises(error) as caught:
+            kind(stub.url).call("generate", "x")
+        assert text in str(caught.value) and len(stub.seen) == 1
+        assert type(caught.value) is error and caught.value.status in (status, None)
+
+
+@both
+def test_errors_inside_streams(kind):
+    begun = STREAM_33[: STREAM_33.index(b":\n\n")]
+    failure = b'data: {"error":"Incomplete generation stream","error_type":"incomplete_generation_stream"}\n\n'
+    openai = b'data: {"error":{"message":"Input validation error: y","http_status_code":422}}\n\ndata: [DONE]\n\n'
+    with Stub(cut(begun + failure), cut(begun), cut(openai), cut(b"data: [1]\n\n")) as stub:
+        client = kind(stub.url)
+        with pytest.raises(library.GenerationFailed, match="Incomplete generation stream"):
+            client.call("generate_stream", "x")
+        with pytest.raises(library.GenerationFailed, match="the stream ended before the answer did"):
+            client.call("generate_stream", "x")
+        with pytest.raises(library.Invalid, match="Input validation error: y"):
+            client.call("chat_stream", [])
+        with pytest.raises(library.GenerationFailed, match="no JSON object"):
+            client.call("generate_stream", "x")
+        assert len(stub.seen) == 4  # nothing is repeated once a stream has begun, or is refused
+
+
+@both
+def test_timeout_and_deadline(kind):
+    slow = (200, [b":\n\n"] * 50, 0.1)
+    silent = (200, [b":\n\n", b":\n\n"], 1.5)
+    with Stub(silent, slow) as stub:
+        with pytest.raises(library.TimedOut, match="nothing for 0.3 s"):
+            kind(stub.url, timeout=0.3).call("generate_stream", "x")
+        started = time.monotonic()
+        with pytest.raises(library.TimedOut, match="no complete answer within 0.5 s"):
+            kind(stub.url, deadline=0.5).call("generate_stream", "x")
+        assert time.monotonic() - started < 2
+    with Stub(whole(OVERLOADED, 429)) as stub:
+        started = time.monotonic()
+        with pytest.raises(library.Overloaded):
+            kind(stub.url, deadline=0.5, backoff=0.2, retries=50).call("generate", "x")
+        assert time.monotonic() - started < 1.5
+
+
+@both
+def test_health_and_info(kind):
+    with Stub(whole(b""), whole(b'{"model_id":"m"}'), whole(b"{}", 503)) as stub:
+        client = kind(stub.url + "/")
+        assert client.call("health") is True and client.call("info") == {"model_id": "m"} and client.call("health") is False
+        assert [path for path, _, _ in stub.seen] == ["/health", "/info", "/health"]
+
+
+def test_results_cannot_be_changed():
+    with Stub(whole(WHOLE)) as stub:
+        made = Sync(stub.url).call("generate", "x")
+    with pytest.raises(AttributeError):
+        made.text = "other"
+
+
+def test_leaving_a_stream_closes_its_connection():
+    slow = (200, [STREAM_33[: STREAM_33.index(b":\n\n")]] * 100, 0.05)
+    with Stub(slow) as stub:
+        with Client(stub.url) as client:
+            stream = client.generate_stream("x")
+            next(stream)
+            stream.close()
+            assert client.health() is True  # the pool is usable; the stub answered a second request
+        assert len(stub.seen) == 2

@@ -1,0 +1,114 @@
+"""The model thread: how requests end, by their own tokens or by a failure."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
+from serve.embedded.errors import ApiError  # noqa: E402
+from serve.embedded.row import Job  # noqa: E402
+from serve.embedded.validation import Accepted, Sampling  # noqa: E402
+from tests.contract.jobs import ended, job, play, scheduler_of, tiny_parts, tokens  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return tiny_parts(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def scheduler(parts):
+    return scheduler_of(parts)
+
+
+def test_a_failed_step_fails_its_batch_and_nobody_later(parts, scheduler):
+    engine, _ = parts
+    decode, calls = engine.decode, []
+
+    def breaks(chosen, lengths):
+        calls.append(len(lengths))
+        if len(calls) == 3:
+            raise RuntimeError("out of memory\nmore lines")
+        return decode(chosen, lengths)
+
+    engine.decode = breaks
+    try:
+
+        async def work():
+            first = job([5], 50)
+            scheduler.submit(first)
+            error = (await ended(first))[-1]
+            suspect = scheduler.suspect
+            later = job([6], 5)
+            scheduler.submit(later)
+            await ended(later)
+            return error, suspect, scheduler.suspect, later
+
+        error, suspect, after, later = play(scheduler, work())
+    finally:
+        del engine.decode
+    assert error.body() == {
+        "error": "Request failed during generation: Server error: RuntimeError: out of memory",
+        "error_type": "generation",
+    }
+    assert error.status == 424 and suspect and not after and len(later.tokens) == 5
+
+
+def test_stop_answers_everybody(scheduler):
+    running, waiting = [job([5 + k], 2000) for k in range(4)], job([9], 5)
+
+    async def work():
+        for one in running + [waiting]:
+            scheduler.submit(one)
+        while not running[-1].tokens:
+            await asyncio.sleep(0.01)
+        threading.Thread(target=scheduler.stop).start()
+        return [(await ended(one))[-1] for one in running + [waiting]]
+
+    assert all(isinstance(event, ApiError) and event.status == 424 for event in play(scheduler, work()))
+
+
+def test_ends_length_before_eos_before_stop(parts, scheduler):
+    _, text = parts
+    one = job([5, 6], 12)
+
+    async def work():
+        scheduler.submit(one)
+        await ended(one)
+        place = next(number for number, token in enumerate(one.tokens) if number > 1 and token.text)
+        first = tokens(one).index(one.tokens[place].id) + 1  # the same token may have come before
+        words = "".join(token.text for token in one.tokens[: place + 1])
+        for stops, eos, count, reason, length in [
+            ((), {one.tokens[place].id}, 12, "eos_token", first),
+            ((), {one.tokens[place].id}, first, "length", first),
+            ((words,), set(), 12, "stop_sequence", place + 1),
+            (("never", words), set(), place + 1, "length", place + 1),
+        ]:
+            again = Job(Accepted([5, 6], count, Sampling(), stops), False)
+            text.stop_ids = frozenset(eos)
+            scheduler.submit(again)
+            await ended(again)
+            assert (again.finish_reason, len(again.tokens)) == (reason, length)
+        assert again.generated_text == words  # what stopped it stays
+
+    try:
+        play(scheduler, work())
+    finally:
+        text.stop_ids = frozenset()
+
+
+def test_the_cache_is_given_back_when_nobody_runs(parts, scheduler):
+    engine, _ = parts
+    one = job([5], 3)
+
+    async def work():
+        scheduler.submit(one)
+        await ended(one)
+        deadline = time.monotonic() + 10
+        while engine._cache.bytes_per_token and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+
+    play(scheduler, work())
+    assert engine._cache.bytes_per_token == 0
