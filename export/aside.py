@@ -20,7 +20,7 @@ def output_folder(output: str, needed: int, overwrite: bool = False) -> Iterator
     empty (``overwrite`` replaces an export of ours) or cannot be made, RunFailed when writing fails.
     """
     final = Path(os.path.abspath(output))
-    _check_free(final, output, overwrite)
+    check_free(output, overwrite)
     partial = final.parent / (".%s.partial" % final.name)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,9 @@ def write_marker(folder: Path, document: Dict[str, Any]) -> None:
     (folder / MARKER).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _check_free(final: Path, output: str, overwrite: bool) -> None:
+def check_free(output: str, overwrite: bool = False) -> None:
+    """Raise UserError unless ``output`` can be written: absent, empty, or with ``overwrite`` an export of ours."""
+    final = Path(os.path.abspath(output))
     if not os.path.lexists(str(final)):
         return
     if not final.is_dir():

@@ -73,6 +73,15 @@ def verify(
     return proof
 
 
+def proved(export: str, checkpoint: str, step: int) -> bool:
+    """Whether ``export`` carries a proof that holds for this step of this run or checkpoint."""
+    try:
+        proof = json.loads((Path(export) / PROOF).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(proof, dict) and (proof.get("holds"), proof.get("checkpoint"), proof.get("step")) == (True, checkpoint, step)
+
+
 def _prove(source: Source, folder: Path, prompts: Optional[List[str]], tolerance: float, progress: Optional[Progress],
            proof: Dict[str, Any]) -> List[str]:  # fmt: skip
     """Fill the proof step by step; returns the failures in order."""

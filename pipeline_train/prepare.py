@@ -16,6 +16,7 @@ from . import compat, config, families, manifest, plan, weights
 from .config_schema import RunConfig
 from .data import feed
 from .data.encode import TextCodec
+from .data.store import default_seq_len
 from .errors import UserError
 from .families import Dims
 
@@ -120,7 +121,7 @@ def _resolve_model(run: RunConfig, folder: Path, where: str) -> Dims:
     dims = families.dims_of(raw)
     config.check_against_model(run, dims.layers, dims.max_positions, where)
     if run.data.seq_len is None:
-        run.data.seq_len = dims.max_positions or raw.get("seq_length") or 2048
+        run.data.seq_len = default_seq_len(raw, dims)
     if run.model.init == "pretrained":
         weights.open_source(str(folder)).check()
     parallel = run.parallel

@@ -42,12 +42,16 @@ def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
     from pipeline_train.launch import launch
     from pipeline_train.prepare import prepare
 
+    if loaded.export is not None:
+        from export.aside import check_free
+
+        check_free(loaded.export.dir, overwrite=args.resume is not None)  # now, not after days of training
     prepared = prepare(loaded, Path(args.config), args.resume, _say)
     out = str(prepared.out)
     if prepared.done >= prepared.total:
         _say("%s: finished already, at step %d of %d" % (out, prepared.done, prepared.total))
         done = {"out": out, "steps": prepared.done, "checkpoint": str(prepared.resume), "finished": True}
-        return dict(done, loss_first=None, loss_last=None, seconds=0.0, tokens=0, peak_gib=[])
+        return dict(done, loss_first=None, loss_last=None, seconds=0.0, tokens=0, peak_gib=[], **_export(prepared, trained=False))
     parallel = prepared.config.parallel
     _say("%s: steps %d to %d, %d stages x %d replicas, layers per stage %s, %s on %s" % (
         out, prepared.done + 1, prepared.total, parallel.pipe, parallel.data, parallel.parts, prepared.config.model.dtype,
@@ -59,13 +63,22 @@ def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
     finally:
         progress.close()
     _say("peak memory per stage: %s GiB" % ", ".join("%.2f" % gib for gib in summary["peak_gib"]))
-    document = dict(summary, out=out)
-    if prepared.config.export is not None:
-        from export.to_hf import to_hf
+    return dict(summary, out=out, **_export(prepared, trained=True))
 
-        to_hf(out, prepared.config.export.dir, prepared.config.export.target)
-        document["export"] = prepared.config.export.dir
-    return document
+
+def _export(prepared: Any, trained: bool) -> Dict[str, str]:
+    """The ``export:`` section: write the HF folder and prove it; when nothing was ``trained``, only if that is still to do."""
+    section = prepared.config.export
+    if section is None:
+        return {}
+    from export.measure import print_progress
+    from export.to_hf import to_hf
+    from export.verify import proved, verify
+
+    if trained or not proved(section.dir, str(prepared.out), prepared.total):
+        to_hf(str(prepared.out), section.dir, section.target, overwrite=True, progress=print_progress("to-hf"))
+        verify(str(prepared.out), section.dir, progress=print_progress("verify"))
+    return {"export": section.dir}
 
 
 def text(document: Dict[str, Any]) -> str:
@@ -77,11 +90,13 @@ def text(document: Dict[str, Any]) -> str:
         lines = ["%s %s" % (name, version or "-") for name, version in document["versions"].items()]
         return "\n".join(lines + ["note: %s" % note for note in document["notes"]] + ["ok"])
     if document.get("finished"):
-        return "%s: finished, checkpoint %s" % (document["out"], document["checkpoint"])
-    lines = ["%(out)s: %(steps)d steps, loss %(loss_first).4f -> %(loss_last).4f, %(tokens)d tokens in %(seconds).1f s" % document]
+        lines = ["%(out)s: finished" % document]
+    else:
+        figures = "%(steps)d steps, loss %(loss_first).4f -> %(loss_last).4f, %(tokens)d tokens in %(seconds).1f s"
+        lines = [("%(out)s: " + figures) % document]
     lines.append("checkpoint %(checkpoint)s" % document)
     if "export" in document:
-        lines.append("exported to %(export)s" % document)
+        lines.append("exported to %(export)s and proved" % document)
     return "\n".join(lines)
 
 

@@ -1,0 +1,45 @@
+"""The ``export:`` section of run.yaml: refused before training when it cannot be written, written and proved after."""
+
+import json
+
+import yaml
+
+from pipedock import main
+from tests.models import make_hf, tiny_config
+from tests.tokenizers import tiny_tokenizer
+
+
+def test_train_exports_and_proves(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    tiny_tokenizer(tmp_path / "model")
+    make_hf(tmp_path / "model", tiny_config("bloom", vocab_size=512))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"type": "pretrain", "text": "a small text " * 30}) + "\n")
+    out, export, path = tmp_path / "out", tmp_path / "export", tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({
+        "run": {"out": str(out)}, "model": {"path": str(tmp_path / "model")},
+        "data": {"train": str(tmp_path / "train.jsonl"), "seq_len": 32}, "parallel": {"pipe": 1},
+        "batch": {"global": 2}, "train": {"max_steps": 2}, "export": {"dir": str(export)},
+    }))  # fmt: skip
+    command = ["train", "--config", str(path), "--json"]
+
+    export.mkdir()
+    (export / "thesis.txt").write_text("mine")
+    assert main(command) == 2
+    assert "exists and is not empty" in capfd.readouterr().err and not out.exists()
+    assert main(command + ["--resume", "auto"]) == 2, "a folder that is no export of ours is never replaced"
+    assert "is not an export of pipedock" in capfd.readouterr().err and (export / "thesis.txt").read_text() == "mine"
+    (export / "thesis.txt").unlink()
+
+    assert main(command) == 0
+    document = json.loads(capfd.readouterr().out)
+    proof = json.loads((export / "proof.json").read_text())
+    assert (document["export"], document["steps"], proof["holds"], proof["step"]) == (str(export), 2, True, 2)
+
+    written = (export / "proof.json").stat().st_mtime_ns
+    assert main(command + ["--resume", "auto"]) == 0
+    assert json.loads(capfd.readouterr().out)["finished"] is True
+    assert (export / "proof.json").stat().st_mtime_ns == written, "a proved export of the same step is left alone"
+
+    (export / "proof.json").write_text("{}")
+    assert main(command + ["--resume", "auto"]) == 0
+    assert json.loads((export / "proof.json").read_text())["holds"] is True, "an export without proof is written again"
