@@ -1,0 +1,97 @@
+"""compose/road.py, what the services run inside their containers, without containers."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+ROAD = Path(__file__).resolve().parents[2] / "compose" / "road.py"
+RUN = "run: {out: %s}\nmodel: {path: %s}\ndata: {train: data/x.jsonl}\nparallel: {pipe: 2}\n"
+
+
+@pytest.fixture
+def road():
+    spec = importlib.util.spec_from_file_location("road", ROAD)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    for name in ("data", "models", "runs", "exports"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("action", ["train", "export"])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (RUN % ("/tmp/elsewhere", "m"), "run.yaml: run.out: /tmp/elsewhere would be lost with the container; put it under runs/"),
+        (RUN % ("out", "m"), "run.yaml: run.out: out would be lost with the container; put it under runs/"),
+        (
+            RUN % ("runs/a", "m") + "export: {dir: elsewhere}\n",
+            "run.yaml: export.dir: elsewhere would be lost with the container; put it under exports/",
+        ),
+        (RUN % ("runs/a", "m") + "exports: {}\n", 'exports: unknown key. Did you mean "export"?'),
+    ],
+)
+def test_what_would_be_lost_with_the_container_is_refused(road, workspace, capsys, action, text, message):
+    (workspace / "run.yaml").write_text(text, encoding="utf-8")
+    assert road.main(action, "run.yaml") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and message in said[0]
+
+
+def test_the_example_is_made_once(road, workspace, monkeypatch):
+    """Real records and a real tokenizer, and no second making over what the user may have changed."""
+    ran = []
+    monkeypatch.setattr(road.os, "execvp", lambda name, args: ran.append(args))
+    compose = ROAD.parent / "run.yaml"
+    assert road.main("train", str(compose)) == 0
+    assert ran == [["pipedock", "train", "--config", str(compose), "--resume", "auto"]]
+    records = [json.loads(line) for line in Path(road.EXAMPLE_DATA).read_text(encoding="utf-8").splitlines()]
+    assert len(records) == 80 and {r["type"] for r in records} == {"conversation"}
+    assert json.loads(Path(road.EXAMPLE_MODEL, "config.json").read_text())["model_type"] == "bloom"
+    Path(road.EXAMPLE_DATA).write_text("mine\n", encoding="utf-8")
+    assert road.main("train", str(compose)) == 0
+    assert Path(road.EXAMPLE_DATA).read_text() == "mine\n"
+
+
+def test_a_run_of_the_users_own_makes_no_example(road, workspace, monkeypatch):
+    monkeypatch.setattr(road.os, "execvp", lambda name, args: None)
+    (workspace / "run.yaml").write_text(RUN % ("runs/a", "models/mine"), encoding="utf-8")
+    assert road.main("train", "run.yaml") == 0
+    assert os.listdir("data") == [] and os.listdir("models") == []
+
+
+def test_current_follows_the_last_export(road, workspace, monkeypatch):
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        Path(command[command.index("--output") + 1] if "--output" in command else "exports").mkdir(exist_ok=True)
+        return road.subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(road.subprocess, "run", run)
+    for name in ("a", "b"):
+        (workspace / "run.yaml").write_text(RUN % ("runs/" + name, "m"), encoding="utf-8")
+        assert road.main("export", "run.yaml") == 0
+        assert os.readlink("exports/current") == name, "a relative link, for containers that mount exports/ elsewhere"
+    assert commands[0] == ["pipedock", "to-hf", "--input", "runs/a", "--output", "exports/a", "--overwrite"]
+    assert commands[1] == ["pipedock", "verify", "--checkpoint", "runs/a", "--export", "exports/a"]
+
+
+def test_a_proof_that_fails_is_not_served(road, workspace, monkeypatch):
+    def run(command):
+        return road.subprocess.CompletedProcess(command, 1 if "verify" in command else 0)
+
+    monkeypatch.setattr(road.subprocess, "run", run)
+    (workspace / "run.yaml").write_text(RUN % ("runs/a", "m"), encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        road.main("export", "run.yaml")
+    assert stopped.value.code == 1 and not os.path.lexists("exports/current")
