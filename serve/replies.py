@@ -69,6 +69,11 @@ class Generation:
     top_tokens: Tuple[Tuple[Token, ...], ...] = ()
     others: Tuple["Generation", ...] = ()
 
+    @property
+    def generated_text(self) -> str:
+        """``text`` by the name it has on the wire and in TGI's own client."""
+        return self.text
+
 
 @dataclass(frozen=True)
 class Piece:
