@@ -71,7 +71,7 @@ def _serve(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
         return document
     args.answer.write((_json(document) if args.json else text(document)) + "\n")
     args.answer.flush()
-    _follow(server, stopping)
+    follow(server, stopping)
     return None
 
 
@@ -82,7 +82,7 @@ def _interrupt(stopping: threading.Event) -> None:
         raise KeyboardInterrupt
 
 
-def _follow(server: Any, stopping: threading.Event) -> None:
+def follow(server: Any, stopping: threading.Event) -> None:
     """Copy the server's log to stderr until it ends; Ctrl-C or SIGTERM end it cleanly."""
     from pipeline_train.errors import RunFailed
     from serve import state

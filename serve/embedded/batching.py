@@ -14,6 +14,7 @@ from collections import deque
 from typing import Deque, List, Optional, Sequence, Tuple, Union
 
 import torch
+from torch import Tensor
 
 from .engine import Engine
 from .errors import ApiError, failed
@@ -82,6 +83,7 @@ class Scheduler:
         idle = not self._rows and not self._waiting
         if idle:
             self._engine.clear()
+            self._gauges()
         while idle or not self._inbox.empty():
             job = self._inbox.get()
             if job is None:
@@ -95,6 +97,9 @@ class Scheduler:
             self._leave(row)
         if any(job.cancelled for job in self._waiting):
             self._waiting = deque(job for job in self._waiting if not job.cancelled)
+        self._gauges()
+
+    def _gauges(self) -> None:
         self._metrics.gauge("tgi_queue_size", len(self._waiting))
         self._metrics.gauge("tgi_batch_current_size", len(self._rows))
         self._metrics.gauge("tgi_batch_current_max_tokens", sum(row.job.accepted.total for row in self._rows))
@@ -116,7 +121,7 @@ class Scheduler:
             row.length += len(piece)
             if row.length == len(row.job.accepted.ids):
                 self._joining = None
-                self._add(row, row.sampler.pick(logits[-1]))
+                self._add(row, choose([row], logits[-1:])[0])
 
     def _admit(self) -> bool:
         """Let the next waiting request in if there is a row and room for all its tokens; the first one always has both."""
@@ -138,13 +143,10 @@ class Scheduler:
         started = self._begin("decode", len(rows))
         logits = self._engine.decode([row.tokens[-1].id for row in rows], [row.length for row in rows])
         forward = time.perf_counter()
-        choices: List[Optional[Choice]] = [None] * len(rows)
-        if all(row.sampler.plain for row in rows):
-            choices = list(pick_plain(logits))
         for row in rows:  # all of them before anybody leaves: a row is moved with its newest token
             row.length += 1
-        for row, line, choice in zip(rows, logits, choices):
-            self._add(row, choice or row.sampler.pick(line))
+        for row, choice in zip(rows, choose(rows, logits)):
+            self._add(row, choice)
         self._metrics.observe("tgi_batch_decode_duration", time.perf_counter() - forward, "decode")
         self._end("decode", started, forward)
 
@@ -194,6 +196,13 @@ class Scheduler:
         self._metrics.count("tgi_batch_inference_success", method)
         self._metrics.observe("tgi_batch_forward_duration", (forward or now) - started, method)
         self._metrics.observe("tgi_batch_inference_duration", now - started, method)
+
+
+def choose(rows: List[Row], logits: Tensor) -> List[Choice]:
+    """The next token of each row; ``logits`` [B, V]. How a row is treated depends on that row alone."""
+    plain = [place for place, row in enumerate(rows) if row.sampler.plain]
+    found = dict(zip(plain, pick_plain(logits[plain]))) if plain else {}
+    return [found[place] if place in found else row.sampler.pick(logits[place]) for place, row in enumerate(rows)]
 
 
 def _put_all(batch: List[Tuple[Job, Event]]) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import socket
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Dict, Tuple
@@ -64,6 +65,8 @@ def run(app: Starlette, service: Service, listener: socket.socket, options: Opti
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     server = uvicorn.Server(config)
+
+    sys.setswitchinterval(0.001)  # the model thread gives way to the event loop sooner than Python's 5 ms
 
     async def work() -> None:
         await service.start()

@@ -66,6 +66,8 @@ class Row:
         if self.job.accepted.sampling.top_n_tokens:
             self.job.top_tokens.append(top)
         self.job.finish_reason = self._finish_reason(token, text) or ""
+        if self.job.finish_reason and not spelled:
+            token.text = self.spelling.rest()
         return TokenEvent(token, top, self.job.finish_reason or None)
 
     def _finish_reason(self, token: Token, text: Text) -> Optional[str]:

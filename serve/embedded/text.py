@@ -111,12 +111,15 @@ class Spelling:
 
     def add(self, token: int) -> str:
         self._ids.append(token)
-        before = self._text.decode(self._ids[self._start : self._done])
-        after = self._text.decode(self._ids[self._start :])
-        if len(after) <= len(before) or after.endswith(INCOMPLETE):
+        new = self._new()
+        if not new or new.endswith(INCOMPLETE):
             return ""
         self._start, self._done = self._done, len(self._ids)
-        return after[len(before) :]
+        return new
+
+    def rest(self) -> str:
+        """What is still held back when no token follows, without the character that never became complete."""
+        return self._new().rstrip(INCOMPLETE)
 
     def whole(self) -> str:
         """All new text without special tokens; a character that never became complete is left out."""
@@ -124,3 +127,7 @@ class Spelling:
         before = self._text.decode(self._ids[start : self._prompt_length], skip_special=True)
         after = self._text.decode(self._ids[start:], skip_special=True)
         return after[len(before) :].rstrip(INCOMPLETE)
+
+    def _new(self) -> str:
+        before = self._text.decode(self._ids[self._start : self._done])
+        return self._text.decode(self._ids[self._start :])[len(before) :]

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -15,6 +16,7 @@ from pipeline_train.errors import RunFailed, UserError  # noqa: E402
 from serve import launch, state  # noqa: E402
 from serve.embedded.__main__ import main  # noqa: E402
 from tests.free_port import free_port  # noqa: E402
+from verbs.serve import follow  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +114,17 @@ def test_a_server_that_never_gets_ready_is_stopped(folder, tmp_path, monkeypatch
     with pytest.raises(RunFailed, match=r"not healthy after 1 s; the end of .*:\nstarted"):
         launch.launch(str(folder), port=free_port(), timeout=1.2, progress=said.append)
     assert said and said[0].endswith("... 1 s")
+
+
+def test_the_end_of_a_server_is_reported(tmp_path, capfd):
+    """In the foreground its log is copied, and a bad end is an error."""
+    log = tmp_path / "log"
+    with open(log, "wb") as out:
+        process = subprocess.Popen(["sh", "-c", "echo one; kill -9 $$"], stdout=out)
+    server = launch.Server(process, state.Running(process.pid, "", 9997, "u", "m", "embedded", str(log)))
+    with pytest.raises(RunFailed, match="the server ended with code -9; the end of .*:\none$"):
+        follow(server, threading.Event())
+    assert capfd.readouterr().err == "one\n"
 
 
 def running(port, pid):

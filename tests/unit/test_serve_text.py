@@ -48,6 +48,16 @@ def test_what_never_becomes_a_character_is_left_out(texts, kind):
     ids, whole = text.encode("a", True), text.encode("ab🎉", True)
     spelling = Spelling(text, ids)
     assert "".join(spelling.add(token) for token in whole[len(ids) : -1]) == spelling.whole() == "b"
+    assert spelling.rest() == ""
+
+
+def test_text_held_back_behind_a_broken_character_comes_at_the_end(texts):
+    """Bytes of a random model: each token ends inside a character, so nothing is shown until no token follows."""
+    text = texts["bpe"]
+    half = text.encode("🎉", False)[:1]
+    spelling = Spelling(text, text.encode("a", True))
+    pieces = [spelling.add(token) for token in half + text.encode("b", False) + half]
+    assert "".join(pieces) + spelling.rest() == spelling.whole() == "\ufffdb"
 
 
 def test_special_tokens_show_in_their_event_and_not_in_the_text(texts):

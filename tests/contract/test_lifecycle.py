@@ -1,0 +1,112 @@
+"""``pipedock serve`` and ``pipedock ask`` as a user runs them: start, look, ask, stop; and the end of a server under load."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from serve.client import Client
+from tests.free_port import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def pipedock(tmp_path):
+    """Run the command in an empty folder with a state of its own."""
+
+    def run(*argv, background=False, stdin=None):
+        environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path / "state"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(ROOT / "pipedock.py"), *argv]
+        if background:
+            return subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=str(tmp_path), text=True
+            )
+        return subprocess.run(command, capture_output=True, env=environment, cwd=str(tmp_path), text=True, input=stdin, timeout=120)
+
+    return run
+
+
+def refuses(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_detach_ask_status_stop(pipedock, model, tmp_path):
+    port = free_port()
+    (tmp_path / "key").write_text("k1\n")
+    started = pipedock("serve", "--model", model.path, "--port", str(port), "--detach", "--api-key-file", "key", "--json")
+    try:
+        assert started.returncode == 0, started.stderr
+        document = json.loads(started.stdout)
+        url = document["url"]
+        assert document["healthy"] and url == "http://127.0.0.1:%d" % port and "Bearer KEY" in document["try"][0]
+        assert "k1" not in Path("/proc/%d/cmdline" % document["pid"]).read_text()
+        ask = ["ask", "--url", url, "--api-key-file", "key", "--max-new-tokens", "5"]
+        plain = pipedock(*ask, "Hello")
+        assert (plain.returncode, plain.stdout) == (0, model.text("Hello", 5) + "\n")
+        assert pipedock(*ask, "Hello", "--stream").stdout == plain.stdout
+        assert json.loads(pipedock(*ask, "Hello", "--json").stdout)["text"] == model.text("Hello", 5)
+        talk = pipedock(*ask, "--chat", stdin="hi\n\nhow\n")
+        first = model.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+        assert talk.returncode == 0 and talk.stdout.startswith(model.text(first, 5, special=False)) and "5 tokens" in talk.stderr
+        again = pipedock("serve", "--model", model.path, "--port", str(port))
+        assert again.returncode == 2 and "already served" in again.stderr and again.stderr.count("\n") == 1
+        assert json.loads(pipedock("serve", "--status", "--port", str(port), "--json").stdout)["pid"] == document["pid"]
+        wrong = pipedock("ask", "--url", url, "Hello")
+        assert wrong.returncode == 2 and "the API key is missing or wrong" in wrong.stderr and wrong.stderr.count("\n") == 1
+    finally:
+        stopped = pipedock("serve", "--stop", "--port", str(port))
+    assert stopped.returncode == 0 and stopped.stdout.startswith("stopped %s" % model.path)
+    assert refuses(port) and pipedock("serve", "--status", "--port", str(port)).stdout.startswith("no server of ours")
+    assert "Peak memory" in Path(document["log"]).read_text() and "Traceback" not in Path(document["log"]).read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_in_the_foreground_a_signal_ends_it_after_the_running_request(pipedock, model, number):
+    port = free_port()
+    process = pipedock("serve", "--model", model.path, "--port", str(port), "--json", background=True)
+    try:
+        document = json.loads(process.stdout.readline())
+        with Client(document["url"], timeout=60) as client:
+            stream = client.generate_stream(model.endless, max_new_tokens=300)
+            next(stream)
+            os.kill(process.pid, number)
+            deadline = time.monotonic() + 20
+            while not refuses(port) and time.monotonic() < deadline:  # new ones are refused ...
+                time.sleep(0.02)
+            assert refuses(port)
+            rest = list(stream)  # ... and the one under way is finished
+        assert len(rest) == 299 and rest[-1].generated_text == model.text(model.endless, 300)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    assert process.stdout.read() == "" and "Traceback" not in process.stderr.read()
+    assert not Path("/proc/%d" % document["pid"]).exists()
+
+
+@pytest.mark.parametrize(
+    "argv, code, text",
+    [
+        (["Hello"], 1, "Connection refused"),
+        ([], 2, "give a prompt, or --chat for a conversation"),
+        (["Hello", "--system", "x"], 2, "--system goes with --chat"),
+    ],
+)
+def test_ask_without_a_server(pipedock, argv, code, text):
+    done = pipedock("ask", "--url", "http://127.0.0.1:%d" % free_port(), *argv)
+    assert done.returncode == code and text in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_ask_refused_by_the_server(pipedock, server):
+    done = pipedock("ask", "--url", server.url, "")
+    assert done.returncode == 2 and "`inputs` cannot be empty" in done.stderr and done.stderr.count("\n") == 1
+    done = pipedock("ask", "--url", server.url + "/nowhere", "Hello")
+    assert done.returncode == 2 and "no such route here" in done.stderr
+    assert "expected http://HOST:PORT" in pipedock("ask", "--url", "localhost:1", "Hello").stderr
