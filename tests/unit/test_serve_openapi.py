@@ -35,7 +35,9 @@ FACTS = {  # schema -> key:type, * required, ? may be null, @ another schema, []
     "ChatCompletionChunk": (
         "*choices:[@ChatCompletionChoice] *created:integer/int64 *id:string *model:string *system_fingerprint:string usage:@Usage?"
     ),
-    "ChatCompletionComplete": "*finish_reason:string *index:integer/int32 logprobs:@ChatCompletionLogprobs? *message:@OutputMessage",
+    "ChatCompletionComplete": (
+        "*finish_reason:string *index:integer/int32 logprobs:@ChatCompletionLogprobs? *message:@OutputMessage"
+    ),
     "ChatCompletionLogprob": "*logprob:number/float *token:string *top_logprobs:[@ChatCompletionTopLogprob]",
     "ChatCompletionLogprobs": "*content:[@ChatCompletionLogprob]",
     "ChatCompletionTopLogprob": "*logprob:number/float *token:string",
