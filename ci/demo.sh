@@ -10,7 +10,7 @@ set -euo pipefail
 
 DEMO=$ROOT/ci/demo
 WORK=${PIPEDOCK_DEMO_DIR:-$ROOT/build/demo}
-CHILD='' PORT='' LAST='' BEGIN=$SECONDS
+CHILD='' PORT='' LAST=start BEGIN=$SECONDS
 declare -a TIMES=()
 
 # run COMMAND...: in the background and waited for, so that a signal to this script is acted on at once.
@@ -31,7 +31,7 @@ finish() {
     wait "$CHILD" 2>/dev/null || true
   fi
   [ -z "$PORT" ] || "$VENV/bin/pipedock" serve --stop --port "$PORT" >&2 || true
-  [ "$code" = 0 ] || say "demo: FAILED in \"$LAST\" after $((SECONDS - BEGIN)) s"
+  [ "$code" = 0 ] || say "demo: FAILED at \"$LAST\" after $((SECONDS - BEGIN)) s"
 }
 trap finish EXIT
 trap 'exit 130' INT

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tokenizers.processors import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 END_OF_TURN, START_OF_TURN, PAD = "<|im_end|>", "<|im_start|>", "<|endoftext|>"
 
@@ -36,6 +37,7 @@ def tokenizer_of(source: Path) -> PreTrainedTokenizerFast:
 
 
 def main(output: str) -> None:
+    logging.set_verbosity_error()  # it warns of the class that GGUF tokenizers are read with; we replace it
     source = gguf_file()
     tokenizer = tokenizer_of(source)
     model = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name, dtype=torch.bfloat16)
