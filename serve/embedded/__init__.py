@@ -1,11 +1,14 @@
 """A server with the wire contract of text-generation-inference 3.3, in one process, on a CPU or one GPU.
 
-errors      the JSON errors                 serde      request bodies and the plain-text errors of bad ones
-params      request fields as data          validation the checks and their order
-text        tokenizer, template, streaming  sampling   one request's choice of the next token
-cache       keys and values of all requests attention, packed: decoding a row gives the same numbers in any batch
-engine      prefill and decode              batching   the model thread: requests join and leave between tokens
-service     limits, permits, cancellation   shapes     response bodies, key order included
-http        routes                          openai     /v1 routes
-args        launcher flags, environment     metrics, openapi
+The way of a request, and where each step lives:
+
+http, wire      routes; bodies within their limit, clients that go away, server-sent events
+serde, params   JSON to checked values and the plain-text errors of what is not; the fields of all bodies as tables
+validation      the checks in their order -> Accepted
+service         permits, tokenizing beside the event loop, figures
+batching, row   the model thread: requests join and leave between tokens
+engine, cache   prefill and decode of rows; attention and packed make the numbers independent of the batch
+sampling, text  the next token and its spelling; chat templates
+native, shapes  bodies of the native routes, key order included; openai has those of /v1
+args, build     launcher flags and environment -> a running server; metrics; schemas and openapi: what /docs shows
 """

@@ -28,7 +28,9 @@ class Text:
             self.tokenizer.backend_tokenizer.no_truncation()
             self.tokenizer.backend_tokenizer.no_padding()
         self.template = _template(self.tokenizer, tokenizer_config)
-        self.special_ids = frozenset(self.tokenizer.all_special_ids)
+        # Not all that a tokenizer skips as special has a role there (a turn's end that is neither EOS nor listed, say).
+        marked = {one for one, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self.special_ids = frozenset(self.tokenizer.all_special_ids) | marked
         self.stop_ids = frozenset([self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else [])
         self._lock = threading.Lock()
 

@@ -69,6 +69,19 @@ def test_special_tokens_show_in_their_event_and_not_in_the_text(texts):
     assert spelling.whole() == "b"
 
 
+def test_a_special_token_without_a_role_is_special(tmp_path):
+    """As in folders made from GGUF: the end of a turn is marked special in tokenizer.json and named nowhere else."""
+    folder = tiny_tokenizer(tmp_path, "bpe", special=["<|im_end|>"])
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        settings = json.loads((folder / name).read_text())
+        settings.pop("additional_special_tokens", None)
+        settings.pop("extra_special_tokens", None)
+        (folder / name).write_text(json.dumps(settings))
+    text = Text(str(folder))
+    end = text.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end not in text.tokenizer.all_special_ids and end in text.special_ids and text.decode([end], skip_special=True) == ""
+
+
 def test_spaces_are_not_tidied(texts):
     for text in texts.values():
         ids = text.encode("a", True)
