@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,9 +43,9 @@ class Served:
                 time.sleep(0.1)
         raise AssertionError("the server did not start:\n" + Path(self.log).read_text())
 
-    def stop(self):
+    def stop(self, number=signal.SIGTERM):
         if self.process.poll() is None:
-            self.process.terminate()
+            self.process.send_signal(number)
         return self.process.wait(100)
 
     def curl(self, path, *args, body=None):
@@ -116,4 +117,4 @@ def small_server(model, tmp_path_factory):
     flags += ["--payload-limit", "20000", "--cors-allow-origin", "http://page.example", "--max-best-of", "1"]
     served = Served(model.path, tmp_path_factory.mktemp("log") / "small.log", *flags)
     yield served.wait()
-    assert served.stop() == 0
+    assert served.stop(signal.SIGINT) == 0  # Ctrl-C is as clean as SIGTERM

@@ -140,7 +140,7 @@ def test_overloaded(small_server):
 
     async def load():
         clients = AsyncClient(small_server.url, headers=key, timeout=30)
-        asked = [clients.generate("test", max_new_tokens=1000) for _ in range(6)]
+        asked = [clients.generate("test", max_new_tokens=300) for _ in range(6)]
         return await asyncio.gather(*asked, return_exceptions=True)
 
     results = asyncio.run(load())
