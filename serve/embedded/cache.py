@@ -47,8 +47,9 @@ class SlotCache(Cache):
         self._keys: List[Tensor] = []
         self._values: List[Tensor] = []
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None) -> Tuple[Tensor, Tensor]:
-        """Store [rows, kv_heads, count, head_dim] of one layer -> what attention may see, [rows, kv_heads, width, head_dim]."""
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tuple[Tensor, Tensor]:
+        """Store [rows, kv_heads, count, head_dim] of one layer -> what attention may see, [rows, kv_heads, width, head_dim].
+        What else transformers passes (it differs between its versions) is for caches that choose places by it."""
         assert self.step is not None
         while len(self._keys) <= layer_idx:
             self._keys.append(key_states.new_empty(0))
