@@ -23,7 +23,10 @@ finish() {
     kill -TERM "$ENGINE" 2>/dev/null || true
     wait "$ENGINE" 2>/dev/null || true
   fi
-  [ -z "$SCRATCH" ] || rm -rf "$SCRATCH" || say "could not remove $SCRATCH"
+  if [ -n "$SCRATCH" ]; then
+    umount "$SCRATCH"/exec/netns/* 2>/dev/null || true # the one mount that dockerd leaves behind
+    rm -rf "$SCRATCH" || say "could not remove $SCRATCH"
+  fi
   exit "$code"
 }
 trap finish EXIT
