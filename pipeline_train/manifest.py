@@ -26,6 +26,7 @@ KEYS: Dict[str, Any] = {
     "format": str, "kind": str, "family": str, "run_dtype": str, "layer_dtype": str, "tied": bool, "layers": int,
     "step": (int, type(None)), "files": dict, "versions": dict, "run_name": (str, type(None)),
 }  # fmt: skip
+# A checkpoint also has "training": what only a resumed run reads
 
 PathLike = Union[str, Path]
 
@@ -75,7 +76,7 @@ def read(folder: PathLike) -> Dict[str, Any]:
             "%s: no manifest.json, so this is not a complete checkpoint; name a run, one of its checkpoints or a from-hf folder"
             % folder
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: JSON nested too deep
         raise UserError("%s: cannot be read (%s); use another checkpoint" % (path, error)) from None
     _check_keys(document, str(path))
     for name, entry in document["files"].items():
@@ -86,8 +87,26 @@ def read(folder: PathLike) -> Dict[str, Any]:
     return document
 
 
+def check_hashes(folder: PathLike, document: Optional[Dict[str, Any]] = None) -> None:
+    """Read every file that the manifest lists and compare its sha256; ``document``: the manifest, if it was read already.
+
+    Raises UserError, one line, naming the first file whose content is not what was written, and what ``read`` raises.
+    """
+    document = read(folder) if document is None else document
+    for name, entry in sorted(document["files"].items()):
+        path = Path(folder) / name
+        try:
+            found = file_entry(path)
+        except OSError as error:
+            raise UserError("%s: cannot be read: %s; use another checkpoint" % (path, error.strerror)) from None
+        if found["sha256"] != entry.get("sha256"):
+            raise UserError(
+                "%s: its content is not what was written (its sha256 is not that of manifest.json); use another checkpoint" % path
+            )
+
+
 def is_layer_folder(folder: PathLike) -> bool:
-    return (Path(folder) / NAME).is_file()
+    return os.path.isfile(str(Path(folder) / NAME))
 
 
 def find_checkpoint(path: PathLike, passed_over: Optional[List[str]] = None) -> Path:
@@ -98,7 +117,7 @@ def find_checkpoint(path: PathLike, passed_over: Optional[List[str]] = None) -> 
     path = Path(path)
     if is_layer_folder(path):
         return path
-    if not path.exists():
+    if not os.path.exists(str(path)):  # unlike Path.exists, False for a name that is too long
         raise UserError("%s: no such folder; name a run, one of its checkpoints or a from-hf folder" % path)
     parent = path if path.name == "checkpoints" else path / "checkpoints"
     steps = sorted(parent.glob("step_*"), key=_step_of, reverse=True)
@@ -127,6 +146,8 @@ def _check_keys(document: Any, where: str) -> None:
     for key, kind in KEYS.items():
         if key not in document or not isinstance(document[key], kind):
             raise UserError("%s: %s: missing or not what it should be (%r)" % (where, key, document.get(key)))
+    if document["kind"] == "checkpoint" and not isinstance(document.get("training"), dict):
+        raise UserError("%s: training: missing or not what it should be (%r)" % (where, document.get("training")))
     if document["kind"] not in KINDS:
         raise UserError("%s: kind: expected one of %s, found %r" % (where, ", ".join(KINDS), document["kind"]))
     if document["run_dtype"] not in DTYPES:
@@ -139,7 +160,7 @@ def _check_file(folder: Path, name: str, entry: Any) -> None:
         raise UserError("%s: files: %r is not a file of this folder with a size" % (folder / NAME, name))
     try:
         size = path.stat().st_size
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         raise UserError("%s: missing, although manifest.json lists it; the checkpoint is not complete" % path) from None
     if size != entry["size"]:
         raise UserError("%s: has %d bytes, manifest.json says %d; the file was cut off or changed" % (path, size, entry["size"]))

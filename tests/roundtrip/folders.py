@@ -183,6 +183,7 @@ def seal(folder: Path, run_dtype: str = "fp32", step: int = 7) -> None:
     manifest.write(folder, {
         "format": manifest.FORMAT, "kind": "checkpoint", "family": dims.family, "run_dtype": run_dtype, "layer_dtype": "fp32",
         "tied": dims.tied, "layers": dims.layers, "step": step, "files": files, "versions": {}, "run_name": "test",
+        "training": {},
     })  # fmt: skip
 
 

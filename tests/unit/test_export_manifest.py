@@ -14,7 +14,7 @@ def make(folder, step=1, layers=3):
         (folder / manifest.layer_file(layer)).write_bytes(b"x" * (layer + 1))
     document = {
         "format": manifest.FORMAT, "kind": "checkpoint", "family": "llama", "run_dtype": "bf16", "layer_dtype": "fp32",
-        "tied": False, "layers": layers, "step": step, "run_name": "r", "versions": {},
+        "tied": False, "layers": layers, "step": step, "run_name": "r", "versions": {}, "training": {},
         "files": {p.name: manifest.file_entry(p) for p in folder.iterdir()},
     }  # fmt: skip
     manifest.write(folder, document)
@@ -36,6 +36,7 @@ def test_round_trip(tmp_path):
         ("kind", "copy", "kind: expected one of checkpoint, from-hf, found 'copy'"),
         ("run_dtype", "int8", "run_dtype: expected one of fp32, bf16, fp16, found 'int8'"),
         ("tied", "yes", "tied: missing or not what it should be ('yes')"),
+        ("training", None, "training: missing or not what it should be (None)"),
         ("layers", None, "layers: missing or not what it should be (None)"),
         ("layers", 4, "lists no layer_003.safetensors although the model has 4 layers"),
         ("files", {"../secret": {"size": 1}}, "files: '../secret' is not a file of this folder with a size"),
@@ -95,3 +96,34 @@ def test_no_checkpoint_to_be_found(tmp_path):
     (tmp_path / "checkpoints" / "step_000002").mkdir()
     with pytest.raises(UserError, match="no complete checkpoint among 2; the newest: .*step_000002: no manifest.json"):
         manifest.find_checkpoint(tmp_path)
+
+
+def test_a_flipped_bit_is_named(tmp_path):
+    document = make(tmp_path / "c")
+    manifest.check_hashes(tmp_path / "c")
+    (tmp_path / "c" / "layer_001.safetensors").write_bytes(b"xy")  # of the same size
+    manifest.read(tmp_path / "c")
+    message = "layer_001.safetensors: its content is not what was written .its sha256 is not that of manifest.json.; use another checkpoint"
+    with pytest.raises(UserError, match=message):
+        manifest.check_hashes(tmp_path / "c")
+    (tmp_path / "c" / "layer_001.safetensors").unlink()
+    with pytest.raises(UserError, match="layer_001.safetensors: missing"):
+        manifest.check_hashes(tmp_path / "c")
+    with pytest.raises(UserError, match="layer_001.safetensors: cannot be read: No such file"):
+        manifest.check_hashes(tmp_path / "c", document)
+    del document["files"]["layer_001.safetensors"], document["files"]["layer_002.safetensors"]["sha256"]
+    with pytest.raises(UserError, match="layer_002.safetensors: its content is not what was written"):
+        manifest.check_hashes(tmp_path / "c", document)
+
+
+def test_manifests_that_would_end_in_a_traceback(tmp_path):
+    document = make(tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").write_text("[" * 100000)
+    with pytest.raises(UserError, match="manifest.json: cannot be read .*recursion"):
+        manifest.read(tmp_path / "c")
+    document["files"]["a\0b"] = {"size": 1}
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="missing, although manifest.json lists it"):
+        manifest.read(tmp_path / "c")
+    with pytest.raises(UserError, match="x: no such folder"):
+        manifest.find_checkpoint("x" * 300)
