@@ -62,8 +62,9 @@ def answer_stream() -> Iterator[TextIO]:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    args = parser().parse_args(argv)
+    args = argparse.Namespace(verb="")
     try:
+        args = parser().parse_args(argv)
         with answer_stream() as args.answer:
             document = args.module.run(args)
             if document is not None:

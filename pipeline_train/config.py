@@ -6,22 +6,26 @@ from typing import Any, Dict, Optional, Tuple, Union
 import msgspec
 import yaml
 
-from .config_reading import number_strings, plain, refuse_unknown
+from .config_reading import NotYaml, number_strings, plain, read_yaml, refuse_unknown
 from .config_schema import OWNED, RunConfig
 from .errors import UserError
+
+MOST = 2**31 - 1  # larger whole numbers overflow somewhere below
+MOST_PROCESSES = 4096
+INFINITE = float("inf")
 
 
 def load(path: Union[str, Path], sets: Tuple[str, ...] = ()) -> RunConfig:
     """Read a run.yaml, apply ``a.b=c`` overrides, check it. Raises UserError, one line."""
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError('%s: no such file. Write one (README, "run.yaml") or name it with --config.' % path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("%s: cannot be read: %s" % (path, error)) from None
-    except yaml.YAMLError as error:
-        raise UserError("%s: not valid YAML: %s" % (path, " ".join(str(error).split()))) from None
+    except NotYaml as error:
+        raise UserError("%s: not valid YAML: %s" % (path, error)) from None
     if not isinstance(raw, dict):
         raise UserError("%s: expected sections such as run:, model:, data: and parallel:, found %s" % (path, type(raw).__name__))
     for item in sets:
@@ -77,12 +81,23 @@ def _check(config: RunConfig, where: str) -> None:
     for key, value in positive.items():
         if value is not None and value < 1:
             raise UserError("%s: %s: must be 1 or more, got %d" % (where, key, value))
+        if value is not None and value > MOST:
+            raise UserError("%s: %s: %d is more than any run has (at most %d)" % (where, key, value, MOST))
+    if not 0 <= config.run.seed <= MOST:
+        raise UserError("%s: run.seed: must be between 0 and %d, got %d" % (where, MOST, config.run.seed))
+    if config.world > MOST_PROCESSES:
+        raise UserError(
+            "%s: parallel: pipe %d x data %d is %d processes, at most %d"
+            % (where, config.parallel.pipe, config.parallel.data, config.world, MOST_PROCESSES)
+        )
     if config.data.seq_len is not None and config.data.seq_len < 8:
         raise UserError("%s: data.seq_len: must be 8 or more, got %d" % (where, config.data.seq_len))
-    for key in ("run.out", "model.path", "data.train"):
-        section, name = key.split(".")
-        if not getattr(getattr(config, section), name).strip():
-            raise UserError("%s: %s: is empty" % (where, key))
+    _check_paths(config, where)
+    if config.serve is not None and (config.serve.shards < 1 or not 1 <= config.serve.port <= 65535):
+        raise UserError(
+            "%s: serve: port must be in 1..65535 and shards 1 or more, got %d and %d"
+            % (where, config.serve.port, config.serve.shards)
+        )
     _check_parallel(config, where)
     _check_optim(config, where)
     for key, ours in OWNED.items():
@@ -94,6 +109,20 @@ def _check(config: RunConfig, where: str) -> None:
             "%s: deepspeed.zero_optimization: a pipeline needs the gradients whole on each stage, so stage 0 or 1 "
             "(the default); got %r" % (where, zero.get("stage") if isinstance(zero, dict) else zero)
         )
+
+
+def _check_paths(config: RunConfig, where: str) -> None:
+    """Names no file can have are refused here, where the key is known."""
+    data = config.data
+    paths = {"run.out": config.run.out, "model.path": config.model.path, "data.train": data.train, "data.eval": data.eval,
+             "export.dir": config.export.dir if config.export else None}  # fmt: skip
+    for key, path in paths.items():
+        if path is None:
+            continue
+        if not path.strip():
+            raise UserError("%s: %s: is empty" % (where, key))
+        if "\0" in path or any(len(part.encode("utf-8", "surrogatepass")) > 255 for part in path.split("/")):
+            raise UserError("%s: %s: no file can have this name: %.60r" % (where, key, path))
 
 
 def _check_parallel(config: RunConfig, where: str) -> None:
@@ -122,8 +151,10 @@ def _check_optim(config: RunConfig, where: str) -> None:
     optim = config.optim
     if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
         raise UserError("%s: optim.betas: expected two numbers in [0, 1), got %s" % (where, optim.betas))
-    limits = (("lr", optim.lr > 0), ("eps", optim.eps > 0), ("weight_decay", optim.weight_decay >= 0), ("clip", optim.clip >= 0),
-              ("warmup", optim.warmup >= 0), ("floor", 0 <= optim.floor <= 1))  # fmt: skip
+    limits = (
+        ("lr", 0 < optim.lr < INFINITE), ("eps", 0 < optim.eps < INFINITE), ("clip", 0 <= optim.clip < INFINITE),
+        ("weight_decay", 0 <= optim.weight_decay < INFINITE), ("warmup", optim.warmup >= 0), ("floor", 0 <= optim.floor <= 1),
+    )  # fmt: skip
     for key, fine in limits:
         if not fine:  # also false for nan
             raise UserError("%s: optim.%s: %s is out of range" % (where, key, getattr(optim, key)))
@@ -135,9 +166,9 @@ def _apply_set(raw: Dict[str, Any], item: str) -> None:
     if not sign or not all(names):
         raise UserError("--set %s: expected section.key=value, such as --set optim.lr=2e-5" % item)
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError("--set %s: the value is not valid YAML" % item) from None
+        value = read_yaml(text)
+    except NotYaml as error:
+        raise UserError("--set %s: the value is not valid YAML: %s" % (item, error)) from None
     node = raw
     for name in names[:-1]:
         child = node.setdefault(name, {})

@@ -4,8 +4,24 @@ import difflib
 from typing import Any, Dict, List
 
 import msgspec
+import yaml
 
 from .errors import UserError
+
+
+class NotYaml(ValueError):
+    """The text is not YAML; the message is one line."""
+
+
+def read_yaml(text: str) -> Any:
+    """yaml.safe_load whose every complaint is NotYaml: PyYAML lets its constructors' errors through (bad dates, "!!int x",
+    thousands of digits or brackets)."""
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise NotYaml("nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise NotYaml(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def _struct_of(annotation: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Tuple
 import yaml
 
 from . import config as run_config
+from .config_reading import NotYaml, read_yaml
 from .errors import UserError
 
 # Keys whose effect pipedock always has, so that nothing is lost: (path, what stands in their place).
@@ -76,9 +77,9 @@ def migrate(text: str, where: str = "ds_config_pp.yml") -> Tuple[str, List[Dict[
     Raises UserError when the file is not a gdGPT training config.
     """
     try:
-        raw = yaml.safe_load(text)  # JSON is YAML
-    except yaml.YAMLError as error:
-        raise UserError("%s: neither JSON nor YAML: %s" % (where, " ".join(str(error).split()))) from None
+        raw = read_yaml(text)  # JSON is YAML
+    except NotYaml as error:
+        raise UserError("%s: neither JSON nor YAML: %s" % (where, error)) from None
     if not isinstance(raw, dict) or "model_topo" not in raw:
         raise UserError("%s: no model_topo section; is this a gdGPT pipeline training config (configs/ds_config_pp.yml)?" % where)
     old = Old(raw, where)

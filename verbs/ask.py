@@ -20,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="with --chat: a system message")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="at most N tokens; by default until the model ends")
     parser.add_argument(
-        "--temperature", type=float, metavar="T", help="sample at this temperature; by default (and at 0) the likeliest token is taken"
+        "--temperature", type=float, metavar="T", help="sample at this temperature; default: always the likeliest token, as at 0"
     )
     parser.add_argument("--seed", type=int, metavar="S", help="repeat the same sampling")
     parser.add_argument("--api-key-file", metavar="F", help="file with the server's API key")

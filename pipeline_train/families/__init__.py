@@ -39,6 +39,8 @@ def read_config(dir_or_file: str) -> Dict[str, Any]:
         raise UserError("%s: no such file. A model folder holds config.json, weights and tokenizer files." % path) from None
     except OSError as error:
         raise UserError("%s: cannot be read: %s" % (path, error.strerror)) from None
+    except RecursionError:
+        raise UserError("%s: not a model's configuration: nested too deeply" % path) from None
     except ValueError as error:  # also UnicodeDecodeError
         raise UserError("%s: not valid JSON: %s" % (path, error)) from None
     if not isinstance(config, dict):

@@ -150,8 +150,8 @@ class ConfigReader:
                 raise UserError("%s: %s: missing, a model of this family needs it" % (self.where, key))
             return default
         name, value = found[0]
-        wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value))
-        if wrong or not 0 < value < float("inf"):
+        wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf")
+        if wrong or (kind is int and value != int(value)):
             raise UserError("%s: %s: expected a positive %s, got %r" % (self.where, name, kind.__name__, value))
         for other, also in found[1:]:
             if also != value:

@@ -63,6 +63,15 @@ serve:    {engine: tgi, version: "3.3", shards: 2, port: 8082}
         ({"deepspeed": {"gradient_clipping": 1}}, "deepspeed.gradient_clipping: is set from optim.clip"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "stage 0 or 1"),
         ({"model": "m"}, "model: expected object, got str"),
+        ({"optim": {"lr": float("inf")}}, "optim.lr: inf is out of range"),
+        ({"optim": {"clip": float("inf")}}, "optim.clip: inf is out of range"),
+        ({"train": {"epochs": 10**20}}, "train.epochs: 100000000000000000000 is more than any run has"),
+        ({"run": {"seed": -1}}, "run.seed: must be between 0 and"),
+        ({"run": {"seed": 10**23}}, "run.seed: "),
+        ({"parallel": {"data": 10**6}}, "pipe 2 x data 1000000 is 2000000 processes, at most 4096"),
+        ({"run": {"out": "a\0b"}}, "run.out: no file can have this name"),
+        ({"model": {"path": "x" * 300}}, "model.path: no file can have this name"),
+        ({"serve": {"port": -1}}, "serve: port must be in 1..65535 and shards 1 or more, got -1 and 1"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(changes, message):
@@ -94,6 +103,11 @@ def test_files_and_overrides(tmp_path):
     path.write_text("just text")
     with pytest.raises(UserError, match="expected sections such as run:"):
         config.load(path)
+    for text in ("name: 2024-13-45", "a: !!float x", "a: !!bool x", "a: !!int ''", "a: " + "1" * 5000, "[" * 5000):
+        path.write_text(text)
+        with pytest.raises(UserError, match="run.yaml: not valid YAML") as error:
+            config.load(path)
+        assert "\n" not in str(error.value)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read"):
         config.load(path)
@@ -101,7 +115,8 @@ def test_files_and_overrides(tmp_path):
     made = config.load(path, ("optim.lr=2e-5", "batch.global=16", "parallel.parts=[3, 4]"))
     assert (made.optim.lr, made.batch.global_rows, made.parallel.parts) == (2e-5, 16, [3, 4])
     for item, message in [("optim.lr", "expected section.key=value"), ("optim..lr=1", "expected section.key=value"),
-                          ("run.out.x=1", "out is not a section"), ("optim.lr=[", "not valid YAML")]:  # fmt: skip
+                          ("run.out.x=1", "out is not a section"), ("optim.lr=[", "not valid YAML"),
+                          ("run.name=2024-99-99", "not valid YAML")]:  # fmt: skip
         with pytest.raises(UserError, match=message):
             config.load(path, (item,))
     with pytest.raises(UserError, match='optim.lrr: unknown key. Did you mean "lr"'):

@@ -31,8 +31,9 @@ LIBRARIES = {  # library -> where it may be imported
     "torch": ("pipeline_train/", "export/", "serve/embedded/", "serve/ds_generate.py"),
     "docker": ("serve/",),
 }
-NO_TORCH = ("pipeline_train/families/", "pipeline_train/config.py", "pipeline_train/plan.py", "pipeline_train/data/", "pipeline_train/manifest.py",
-            "pipeline_train/prepare.py", "pipeline_train/launch.py", "pipeline_train/migrate.py", "export/naming.py")  # fmt: skip
+NO_TORCH = tuple("pipeline_train/" + name for name in (
+    "families/", "config.py", "plan.py", "data/", "manifest.py", "prepare.py", "launch.py", "migrate.py",
+)) + ("export/naming.py",)  # fmt: skip
 
 
 def files():
