@@ -33,15 +33,29 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, "%s: %s. See %s -h\n" % (self.prog, message, self.prog))
 
 
+class Version(argparse.Action):
+    """Looked up only when asked for: reading package metadata takes as long as everything else here."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> None:
+        from importlib import metadata
+
+        try:
+            print("pipedock %s" % metadata.version("pipedock"))
+        except metadata.PackageNotFoundError:
+            print("pipedock, not installed (run from its source folder)")
+        parser.exit(0)
+
+
 def parser() -> argparse.ArgumentParser:
     top = Parser(prog="pipedock", description="One road from data to a served model.")
+    top.add_argument("--version", action=Version, nargs=0, help="print the installed version")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     for name, module_name in VERBS.items():
         module = importlib.import_module(module_name)
         verb = verbs.add_parser(name, help=module.HELP, description=module.HELP)
         module.add(verb)
         verb.add_argument("--json", action="store_true", help="print exactly one JSON document on stdout")
-        verb.set_defaults(module=module)
+        verb.set_defaults(module=module, parser=verb)
     return top
 
 
@@ -62,25 +76,31 @@ def answer_stream() -> Iterator[TextIO]:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    args = argparse.Namespace(verb="")
+    args = argparse.Namespace(verb="", json=False)
     try:
-        args = parser().parse_args(argv)
+        args, unknown = parser().parse_known_args(argv)
+        if unknown:
+            args.parser.error("unrecognized arguments: %s" % " ".join(unknown))
         with answer_stream() as args.answer:
-            document = args.module.run(args)
-            if document is not None:
-                args.answer.write((json.dumps(document, ensure_ascii=False) if args.json else args.module.text(document)) + "\n")
-        return 0
-    except UserError as error:
-        print("pipedock %s: %s" % (args.verb, error), file=sys.stderr)
-        return 2
-    except RunFailed as error:
-        print("pipedock %s: %s" % (args.verb, error), file=sys.stderr)
-        return 1
+            return run(args)
     except KeyboardInterrupt:
         print("pipedock %s: interrupted" % args.verb, file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader (head, less) has gone
         return 1
+
+
+def run(args: argparse.Namespace) -> int:
+    """One verb -> its exit code. With --json there is one document whatever happens; an error's has the key "error"."""
+    try:
+        document, code = args.module.run(args), 0
+    except (UserError, RunFailed) as error:
+        print("pipedock %s: %s" % (args.verb, error), file=sys.stderr)
+        code = 2 if isinstance(error, UserError) else 1
+        document = dict(getattr(error, "document", {}), error=str(error)) if args.json else None
+    if document is not None:
+        args.answer.write((json.dumps(document, ensure_ascii=False) if args.json else args.module.text(document)) + "\n")
+    return code
 
 
 if __name__ == "__main__":

@@ -39,17 +39,24 @@ class Meter:
 
 
 def print_progress(what: str) -> Progress:
-    """A progress line on stderr: rewritten in place on a terminal, one line per tenth elsewhere."""
-    terminal, last = sys.stderr.isatty(), [-1]
+    """A progress line on stderr: rewritten in place on a terminal, a line every few seconds elsewhere. With GB/s and time left."""
+    terminal, start = sys.stderr.isatty(), time.perf_counter()
+    shown = [start]
 
     def show(done: int, total: int) -> None:
-        tenth = done * 10 // max(total, 1)
-        if not terminal and tenth == last[0]:
+        now = time.perf_counter()
+        if now - shown[0] < (0.1 if terminal else 5.0) and not (terminal and done >= total):
             return
-        last[0] = tenth
-        line = "%s: %.2f of %.2f GB" % (what, done / 1e9, total / 1e9)
-        end = "\n" if not terminal or done >= total else ""
-        sys.stderr.write(("\r" if terminal else "") + line + end)
+        shown[0] = now
+        rate = done / max(now - start, 1e-9)
+        line = "%s: %.2f of %.2f GB, %.2f GB/s, %d s left" % (
+            what,
+            done / 1e9,
+            total / 1e9,
+            rate / 1e9,
+            (total - done) / max(rate, 1.0),
+        )
+        sys.stderr.write("\r%s\x1b[K" % line + ("\n" if done >= total else "") if terminal else line + "\n")
         sys.stderr.flush()
 
     return show

@@ -39,7 +39,7 @@ def parse(raw: Dict[str, Any], where: str = "run.yaml") -> RunConfig:
     try:
         config = msgspec.convert(number_strings(raw, RunConfig), RunConfig)
     except msgspec.ValidationError as error:
-        raise UserError("%s: %s" % (where, plain(str(error)))) from None
+        raise UserError("%s: %s" % (where, plain(str(error), RunConfig))) from None
     _check(config, where)
     return config
 

@@ -77,11 +77,25 @@ def _as_number(value: Any) -> Any:
         return value
 
 
-def plain(message: str) -> str:
-    """msgspec's "Expected `int`, got `str` - at `$.a.b`" -> "a.b: expected int, got str"."""
+def plain(message: str, struct: Any) -> str:
+    """msgspec's "Expected `int`, got `str` - at `$.a.b`" -> "a.b: expected int, got str"; a wrong choice lists the right ones."""
     text, _, place = message.replace("`", "").partition(" - at $.")
     text = text[0].lower() + text[1:]
     if text.startswith("object missing required field "):
         name = text.rsplit(" ", 1)[1]
         return "%s: missing. It has no default." % (place + "." + name if place else name)
+    if text.startswith("invalid enum value "):
+        text = "expected %s, got %s" % (" or ".join(_choices(struct, place.split("."))), text[len("invalid enum value ") :])
     return "%s: %s" % (place, text) if place else text
+
+
+def _choices(struct: Any, path: List[str]) -> List[str]:
+    """The values that the Literal at ``path`` allows; "a list" where it may be one instead."""
+    annotation = _fields(struct)[path[0]]
+    if len(path) > 1:
+        return _choices(_struct_of(annotation), path[1:])
+    options = getattr(annotation, "__args__", ())
+    literals = [o for o in options if isinstance(o, str)]
+    for option in options:
+        literals += [o for o in getattr(option, "__args__", ()) if isinstance(o, str)]
+    return literals + ["a list"] * any(getattr(o, "__origin__", None) is list for o in options)

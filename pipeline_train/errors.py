@@ -6,10 +6,16 @@
 Neither ever reaches the user as a traceback: ``pipedock.py`` prints the message alone.
 """
 
+from typing import Any, Dict, Optional
+
 
 class UserError(ValueError):
     """What is wrong, where, and what to do about it, in one line."""
 
 
 class RunFailed(RuntimeError):
-    """A run that failed or a proof that did not hold, in one line."""
+    """A run that failed or a proof that did not hold, in one line. ``document``: what --json shows beside the message."""
+
+    def __init__(self, message: str, document: Optional[Dict[str, Any]] = None) -> None:
+        super().__init__(message)
+        self.document = document or {}

@@ -47,7 +47,7 @@ def test_help_lists_every_verb():
     ([], "the following arguments are required: VERB"),
     (["fly"], "invalid choice: 'fly'"),
     (["migrate"], "the following arguments are required: --config"),
-    (["migrate", "--config", "x", "--fast"], "unrecognized arguments: --fast"),
+    (["migrate", "--config", "x", "--fast"], "pipedock migrate: unrecognized arguments: --fast. See pipedock migrate -h"),
 ])  # fmt: skip
 def test_wrong_words_are_one_line_and_exit_2(arguments, message):
     done = call(*arguments)
@@ -89,3 +89,20 @@ def test_exit_codes(monkeypatch, capfd, error, code):
     assert pipedock.main(["fake"]) == code
     out, err = capfd.readouterr()
     assert out == "" and err == "pipedock fake: %s\n" % (str(error) or "interrupted")
+
+
+@pytest.mark.parametrize("error, code, document", [
+    (pipedock.UserError("what, where"), 2, {"error": "what, where"}),
+    (pipedock.RunFailed("it did not hold", {"holds": False}), 1, {"holds": False, "error": "it did not hold"}),
+])  # fmt: skip
+def test_json_is_one_document_on_failure_too(monkeypatch, capfd, error, code, document):
+    def run(args):
+        raise error
+
+    fake(monkeypatch, run)
+    assert pipedock.main(["fake", "--json"]) == code
+    assert json.loads(capfd.readouterr().out) == document
+
+
+def test_version():
+    assert call("--version").stdout.startswith("pipedock ")

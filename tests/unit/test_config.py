@@ -47,6 +47,8 @@ serve:    {engine: tgi, version: "3.3", shards: 2, port: 8082}
         ({"zzz": {}}, "zzz: unknown key. Known here: run, model,"),
         ({"optim": {"loss_scale": {"windw": 1}}}, 'optim.loss_scale.windw: unknown key. Did you mean "window"?'),
         ({"parallel": {"pipe": "two"}}, "parallel.pipe: expected int, got str"),
+        ({"model": {"dtype": "float32"}}, "model.dtype: expected auto or fp32 or bf16 or fp16, got 'float32'"),
+        ({"parallel": {"parts": "even"}}, "parallel.parts: expected auto or a list, got 'even'"),
         ({"optim": {"lr": "fast"}}, "optim.lr: expected float, got str"),
         ({"optim": {"lr": "nan"}}, "optim.lr: nan is out of range"),
         ({"optim": {"lr": 0}}, "optim.lr: 0.0 is out of range"),

@@ -218,9 +218,12 @@ def test_peak_memory_is_the_process_own():
     assert 0 < before < 0.2 and after > before + 0.28 and ballast.numel()
 
 
-def test_progress_where_there_is_no_terminal(capsys):
+def test_progress_where_there_is_no_terminal(capsys, monkeypatch):
+    """A line every five seconds, so that a short conversion prints none."""
+    now = [100.0]
+    monkeypatch.setattr("export.measure.time.perf_counter", lambda: now[0])
     show = print_progress("to-hf")
-    for done in range(0, 101):
-        show(done * 10**7, 10**9)
-    lines = capsys.readouterr().err.split("\n")
-    assert len(lines) == 12 and lines[0] == "to-hf: 0.00 of 1.00 GB" and lines[10] == "to-hf: 1.00 of 1.00 GB"
+    for done in range(1, 5):
+        now[0] += 3.0
+        show(done * 10**9, 4 * 10**9)
+    assert capsys.readouterr().err == "to-hf: 2.00 of 4.00 GB, 0.33 GB/s, 6 s left\nto-hf: 4.00 of 4.00 GB, 0.33 GB/s, 0 s left\n"
