@@ -92,7 +92,10 @@ class Ending:
 def reason(error: BaseException) -> str:
     """The system's own words behind the libraries' chain of exceptions, ``Connection refused`` say; else what they say."""
     todo: List[Any] = [error]
-    for one in todo[:20]:
+    for number in range(20):  # chains can be loops
+        if number == len(todo):
+            break
+        one = todo[number]
         if isinstance(one, OSError) and one.errno:
             return os.strerror(one.errno)
         todo += [next_ for next_ in (one.__cause__, one.__context__, *one.args) if isinstance(next_, BaseException)]

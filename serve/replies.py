@@ -141,6 +141,8 @@ def error_of(status: int, body: bytes) -> ClientError:
     if isinstance(found, dict) and "error" in found:
         return _typed(found, status)
     kind_of = CODES.get(status, Invalid if 400 <= status < 500 else ClientError)
+    if text[:1] == "<":  # a web page: nothing of ours
+        text = "an HTML page with code %d; is this another server's port?" % status
     return kind_of(text[:2000] or "the server answered %d without a text" % status, status)
 
 

@@ -41,8 +41,9 @@ def serve(options: Options) -> None:
         LOG.warning(note)
     model_folder(options.model_id)
     listener = bind(options.hostname, options.port)
-    # Idle OpenMP threads sleep instead of spinning: on a machine that others use too, spinning made a step up to 20 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Idle OpenMP threads sleep after some 25 us instead of spinning for milliseconds: with other work on the machine, each of the
+    # hundreds of barriers in a step otherwise costs a time slice, and a step became 10 to 20 times slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from . import build  # torch and transformers, only when the flags are in order
 
     started = time.perf_counter()
