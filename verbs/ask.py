@@ -29,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
     from pipeline_train.errors import RunFailed, UserError
-    from serve.client import Client, ClientError, Invalid, NotFound, Unauthorized
+    from serve.client import Client, ClientError, Invalid, NotFound, Unauthorized, Unreachable
 
     if args.system and not args.chat:
         raise UserError("--system goes with --chat; a plain prompt is sent as it is")
@@ -46,6 +46,9 @@ def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
             return _chat(client, args, prompt) if args.chat else _complete(client, args, prompt)
     except (Invalid, NotFound, Unauthorized) as error:
         raise UserError("%s: %s" % (args.url, _hint(error, args.chat)))
+    except Unreachable as error:
+        why = str(error).replace(args.url + ": ", "")
+        raise RunFailed("%s: no server there (%s); start one with pipedock serve --model DIR" % (args.url, why))
     except ClientError as error:
         raise RunFailed("%s: %s" % (args.url, str(error).replace(args.url + ": ", "")))
 

@@ -93,7 +93,7 @@ def test_in_the_foreground_a_signal_ends_it_after_the_running_request(pipedock, 
 @pytest.mark.parametrize(
     "argv, code, text",
     [
-        (["Hello"], 1, "Connection refused"),
+        (["Hello"], 1, "no server there (Connection refused); start one with pipedock serve"),
         ([], 2, "give a prompt, or --chat for a conversation"),
         (["Hello", "--system", "x"], 2, "--system goes with --chat"),
     ],

@@ -111,8 +111,15 @@ def test_a_server_that_is_not_there_yet(kind):
     finally:
         timer.join()
         made[0].__exit__()
-    with pytest.raises(library.Unreachable, match="Connection refused|All connection attempts failed"):
-        kind("http://127.0.0.1:%d" % free_port(), retries=0).call("generate", "x")
+    with pytest.raises(library.Unreachable) as error:
+        url = "http://127.0.0.1:%d" % free_port()
+        kind(url, retries=0).call("generate", "x")
+    assert str(error.value) == url + ": Connection refused"  # not the libraries' chain of exceptions
+
+
+def test_a_web_page_is_not_shown():
+    error = library.replies.error_of(501, b"<!DOCTYPE HTML>\n<html>...")
+    assert str(error) == "an HTML page with code 501; is this another server's port?"
 
 
 @both
