@@ -108,6 +108,7 @@ def write_index(folder: Path, planned: List[Tuple[str, List[Item]]]) -> None:
 def parse_size(text: str) -> int:
     """ "5GB", "500MB", "2GiB" or a number of bytes -> bytes. Raises UserError."""
     found = re.match(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*$", str(text))
-    if not found or found.group(2).upper() not in UNITS or float(found.group(1)) <= 0:
-        raise UserError("--shard-size: %r is not a size; write it as 5GB, 500MB or 2GiB" % text)
-    return max(1, int(float(found.group(1)) * UNITS[found.group(2).upper()]))
+    size = float(found.group(1)) * UNITS.get(found.group(2).upper(), 0) if found else 0.0
+    if not 0 < size < 2**63:
+        raise UserError("--shard-size: %.40r is not a size; write it as 5GB, 500MB or 2GiB" % text)
+    return max(1, int(size))

@@ -11,7 +11,7 @@ ignorable keys. Kinds of source:
 import re
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 import torch
 
@@ -20,7 +20,7 @@ from ..errors import RunFailed, UserError
 from ..families import ParamSlot
 from .files import Entry, open_file, wrong_dtype
 from .hub import resolve
-from .shards import hf_keys
+from .shards import first_file, hf_keys
 
 __all__ = ["Entry", "Source", "find_folder", "open_source", "resolve", "same_bits"]
 
@@ -72,6 +72,11 @@ class Source:
     def names(self) -> List[str]:
         """Every key as it stands in the files (layer files: file/key), those included that are extra or safe to ignore."""
         return sorted(self._names)
+
+    def files(self) -> Set[str]:
+        """Names of the weight files in use, an index included."""
+        first = None if self.manifest is not None else first_file(self.folder)
+        return {place.file.path.name for place in self._places.values()} | ({first} if first else set())
 
     def check(self) -> None:
         """Every key is there, none is extra, shapes and dtypes are right; reads no weights. Raises UserError naming what is not."""
@@ -177,9 +182,7 @@ class Source:
             raise UserError("%s: %s is %s, expected %s" % (place.file.path, place.key, list(shape), list(slot.size(self.dims))))
 
     def _entry_of(self, place: Place) -> Entry:
-        entry = place.file.entries.get(place.key)
-        if entry is None:
-            raise UserError("%s: %s is not in this file, although the index says so" % (place.file.path, place.key))
+        entry = place.file.entries[place.key]
         if entry.dtype not in ("F32", "F16", "BF16"):
             raise wrong_dtype(place.file.path, place.key, entry.dtype)
         return entry

@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -43,11 +43,9 @@ class SafetensorsFile:
         header.pop("__metadata__", None)
         self.entries: Dict[str, Entry] = {}
         self._spans: Dict[str, Tuple[int, int]] = {}
-        end = 0
         for name, item in header.items():
             self.entries[name], self._spans[name] = _entry(name, item, path)
-            end = max(end, self._spans[name][1])
-        _check_end(path, self._data + end)
+        _check_end(path, self._data + _end_of(self._spans, path))
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of this file with memory of its own. Raises UserError for a dtype that is no weight's."""
@@ -82,10 +80,12 @@ class BinFile:
     """A pickled state dict, loaded without running code (weights_only) and mapped where this torch can.
 
     ``close`` drops what is loaded; the next use loads it again. Raises UserError for anything that is not a dictionary of tensors.
+    ``check``: called with the keys whenever the file is loaded; a shard compares them with its index.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check: Optional[Callable[[Iterable[str]], None]] = None) -> None:
         self.path = path
+        self._check = check
         self.mapped = "mmap" in inspect.signature(torch.load).parameters and _is_zip(path)
         self._entries: Optional[Dict[str, Entry]] = None
         self._state: Optional[Dict[str, torch.Tensor]] = None
@@ -131,13 +131,15 @@ class BinFile:
                 raise UserError("%s: not a whole file of tensors: %s" % (self.path, reason or type(error).__name__)) from None
             if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
                 raise UserError("%s: not a state dict (expected a dictionary of tensors)" % self.path)
+            if self._check is not None:
+                self._check(state)
             self._state = state
         return self._state
 
 
-def open_file(path: Path) -> Any:
-    """SafetensorsFile or BinFile by the name's ending."""
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else BinFile(path)
+def open_file(path: Path, check: Optional[Callable[[Iterable[str]], None]] = None) -> Any:
+    """SafetensorsFile or BinFile (which calls ``check``) by the name's ending."""
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else BinFile(path, check)
 
 
 def wrong_dtype(path: Path, name: str, dtype: str) -> UserError:
@@ -158,26 +160,51 @@ def _header(file: BinaryIO, path: Path) -> Tuple[Dict[str, Any], int]:
     if 8 + size > total:
         raise UserError("%s: cut off: the header alone needs %d bytes, the file has %d; copy it again" % (path, 8 + size, total))
     try:
-        header = json.loads(file.read(size).decode("utf-8"))
-    except ValueError:
+        header = json.loads(file.read(size).decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, path))
+    except UserError:  # a ValueError, too
+        raise
+    except (ValueError, RecursionError):
         raise UserError("%s: not a safetensors file: its header is not JSON" % path) from None
     if not isinstance(header, dict):
         raise UserError("%s: not a safetensors file: its header is not a JSON object" % path)
     return header, 8 + size
 
 
+def _unique(pairs: List[Tuple[str, Any]], path: Path) -> Dict[str, Any]:
+    """JSON lets the last of two equal keys win; which one another reader takes is anybody's guess."""
+    found: Dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise UserError("%s: its header has %s twice; copy the file again" % (path, key))
+        found[key] = value
+    return found
+
+
 def _entry(name: str, item: Any, path: Path) -> Tuple[Entry, Tuple[int, int]]:
     try:
-        dtype, shape, (begin, end) = str(item["dtype"]), tuple(int(n) for n in item["shape"]), item["data_offsets"]
-        count = 1
-        for n in shape:
-            count *= n
-        fine = 0 <= begin <= end and (dtype not in WIDTHS or end - begin == count * WIDTHS[dtype])
+        dtype, shape, (begin, end) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
+        fine = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in shape + (begin, end)) and begin <= end
+        if fine and dtype in WIDTHS:
+            count = 1
+            for n in shape:
+                count *= n
+            fine = end - begin == count * WIDTHS[dtype]
     except (KeyError, TypeError, ValueError):
         fine = False
     if not fine:
         raise UserError("%s: header entry of %s is damaged; copy the file again" % (path, name))
     return Entry(dtype, shape), (begin, end)
+
+
+def _end_of(spans: Dict[str, Tuple[int, int]], path: Path) -> int:
+    """Where the last tensor ends. The format allows neither overlaps nor holes."""
+    end = 0
+    for name, (begin, stop) in sorted(spans.items(), key=lambda item: item[1]):
+        if begin != end:
+            what = "overlaps the tensor before it" if begin < end else "leaves a hole before it"
+            raise UserError("%s: header entry of %s %s; copy the file again" % (path, name, what))
+        end = stop
+    return end
 
 
 def _check_end(path: Path, needed: int) -> None:

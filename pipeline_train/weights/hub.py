@@ -1,5 +1,6 @@
 """A model path -> a folder: a local one as it is, a hub name through the hub's cache."""
 
+import os
 import re
 from pathlib import Path
 from typing import List
@@ -16,9 +17,9 @@ def resolve(path: str, weights: bool = True) -> Path:
     The cache, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT work as in huggingface_hub. Raises UserError, one line.
     """
     folder = Path(path)
-    if folder.is_dir():
+    if os.path.isdir(str(folder)):  # unlike Path.is_dir, False for a name that is too long
         return folder
-    if folder.exists():
+    if os.path.exists(str(folder)):
         raise UserError("%s: is a file; name the folder that holds config.json and the weights" % path)
     if not HUB_NAME.match(str(path)):
         raise UserError("%s: no such folder" % path)

@@ -103,7 +103,7 @@ def test_a_flipped_bit_is_named(tmp_path):
     manifest.check_hashes(tmp_path / "c")
     (tmp_path / "c" / "layer_001.safetensors").write_bytes(b"xy")  # of the same size
     manifest.read(tmp_path / "c")
-    message = "layer_001.safetensors: its content is not what was written .its sha256 is not that of manifest.json.; use another checkpoint"
+    message = "layer_001.safetensors: its content is not what was written .its sha256 is not that of manifest.json.; use another"
     with pytest.raises(UserError, match=message):
         manifest.check_hashes(tmp_path / "c")
     (tmp_path / "c" / "layer_001.safetensors").unlink()

@@ -76,7 +76,7 @@ def test_sizes(text, size):
     assert shards.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "5 parsecs", "-1GB", "0", "1e3", "nan"])
+@pytest.mark.parametrize("text", ["", "GB", "5 parsecs", "-1GB", "0", "1e3", "nan", "9" * 400, "9" * 18 + "TB"])
 def test_sizes_that_are_none(text):
     with pytest.raises(UserError, match="--shard-size: .* is not a size; write it as 5GB, 500MB or 2GiB"):
         shards.parse_size(text)

@@ -67,6 +67,44 @@ def test_damaged_safetensors(folder, damage):
     assert message in refused(folder) and str(path) in refused(folder)
 
 
+A = '"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+HEADERS = {
+    "one": ("{%s}" % A, 8, None),
+    "another dtype": ('{"a":{"dtype":"I8","shape":[8],"data_offsets":[0,8]}}', 8, None),
+    "the same key twice": ("{%s,%s}" % (A, A), 8, "its header has a twice"),
+    "dtype twice": ('{"a":{"dtype":"F16","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', 8, "its header has dtype twice"),
+    "overlap": ("{%s,%s}" % (A, A.replace('"a"', '"b"').replace("0,8", "4,12")), 12, "of b overlaps the tensor before it"),
+    "the same bytes": ("{%s,%s}" % (A, A.replace('"a"', '"b"')), 8, "of b overlaps the tensor before it"),
+    "a hole": ("{%s,%s}" % (A, A.replace('"a"', '"b"').replace("0,8", "12,20")), 20, "of b leaves a hole before it"),
+    "a hole in front": ("{%s}" % A.replace("0,8", "8,16"), 16, "of a leaves a hole before it"),
+    "shape of a float": ("{%s}" % A.replace("[2]", "[2.7]"), 8, "header entry of a is damaged"),
+    "shape of a text": ("{%s}" % A.replace("[2]", '["2"]'), 8, "header entry of a is damaged"),
+    "a text as shape": ("{%s}" % A.replace("[2]", '"2"'), 8, "header entry of a is damaged"),
+    "infinite shape": ("{%s}" % A.replace("[2]", "[Infinity]"), 8, "header entry of a is damaged"),
+    "negative shape": ("{%s}" % A.replace("[2]", "[-1,-2]"), 8, "header entry of a is damaged"),
+    "true as shape": ("{%s}" % A.replace("[2]", "[2,true]"), 8, "header entry of a is damaged"),
+    "float offsets": ("{%s}" % A.replace("0,8", "0.0,8.0"), 8, "header entry of a is damaged"),
+    "three offsets": ("{%s}" % A.replace("0,8", "0,4,8"), 8, "header entry of a is damaged"),
+    "a list as dtype": ("{%s}" % A.replace('"F32"', '["F32"]'), 8, "header entry of a is damaged"),
+    "no entry": ('{"a":7}', 0, "header entry of a is damaged"),
+    "nested too deep": ("[" * 100000, 0, "its header is not JSON"),
+    "an endless number": ("{%s}" % A.replace("[2]", "[%s]" % ("9" * 5000)), 8, "x.safetensors: "),
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_headers_that_lie(tmp_path, header):
+    text, size, message = HEADERS[header]
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(size))
+    if message is None:
+        assert list(files.SafetensorsFile(path).entries) == ["a"]
+        return
+    with pytest.raises(UserError) as caught:
+        files.SafetensorsFile(path)
+    assert message in str(caught.value) and str(caught.value).startswith(str(path))
+
+
 def test_a_file_that_shrinks_while_it_is_read(folder):
     source = open_source(str(folder))
     path = folder / "model.safetensors"
@@ -117,7 +155,7 @@ def test_a_broken_index(folder):
     other = next(name for name in whole.values() if name != whole["model.norm.weight"])
     index.write_text(json.dumps({"weight_map": dict(whole, **{"model.norm.weight": other})}))
     assert "%s: model.norm.weight is not in this file, although model.safetensors.index.json says so" % other in refused(folder)
-    for text in ("{", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[]"):
+    for text in ("{", "[" * 100000, "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[]"):
         index.write_text(text)
         assert 'not an index of shards (expected JSON with "weight_map": {key: file})' in refused(folder)
 
@@ -131,7 +169,27 @@ def test_a_bin_index_that_lies(folder):
     names = sorted(set(document["weight_map"].values()))
     document["weight_map"]["model.norm.weight"] = next(n for n in names if n != document["weight_map"]["model.norm.weight"])
     index.write_text(json.dumps(document))
-    assert "model.norm.weight is not in this file, although the index says so" in refused(folder)
+    assert "model.norm.weight is not in this file, although pytorch_model.bin.index.json says so" in refused(folder)
+
+
+@pytest.mark.parametrize("key, message", [
+    ("model.norm.weight", "holds model.norm.weight, too, which pytorch_model.bin.index.json puts into pytorch_model-0000"),
+    ("score.weight", "holds score.weight, which pytorch_model.bin.index.json does not list"),
+    ("model.layers.0.self_attn.rotary_emb.inv_freq", None),
+])  # fmt: skip
+def test_a_bin_shard_with_more_than_its_index_says(folder, key, message):
+    state = load_file(str(folder / "model.safetensors"))
+    without_weights(folder)
+    save_bin(folder, state, shards=2)
+    weight_map = json.loads((folder / "pytorch_model.bin.index.json").read_text())["weight_map"]
+    path = folder / next(name for name in sorted(set(weight_map.values())) if name != weight_map.get(key))
+    torch.save(dict(torch.load(str(path)), **{key: torch.zeros(48)}), str(path))
+    if message is None:
+        open_source(str(folder)).check()
+        return
+    assert "%s: %s" % (path, message) in refused(folder)
+    with pytest.raises(UserError, match="holds %s" % key):  # nor can its layers be read without a check
+        [open_source(str(folder)).layer(layer) for layer in range(5)]
 
 
 def test_the_plain_reader_equals_the_safetensors_library(tmp_path):

@@ -111,6 +111,7 @@ def test_layer_files_are_exact(tmp_path):
 def test_paths_that_are_no_folder(folder):
     assert "is a file; name the folder that holds config.json and the weights" in refused(folder / "config.json")
     assert refused(folder / "none") == "%s: no such folder" % (folder / "none")
+    assert refused(folder / ("x" * 300)).endswith("xxx: no such folder")
 
 
 HUB = """
