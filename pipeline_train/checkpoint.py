@@ -14,16 +14,16 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple, Union
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from . import compat, manifest
+from . import compat, manifest, run_folder
 from .engine import Pipeline
-from .errors import RunFailed
+from .errors import RunFailed, UserError
 from .models import build_layer, init_layer
 from .weights import open_source
 
@@ -77,27 +77,52 @@ def load(pipe: Pipeline, path: Path) -> int:
 
 
 def save(pipe: Pipeline, out: Path, step: int, feed: Dict[str, Any]) -> Path:
-    """Write step_<step>, all ranks together; -> its folder. ``feed`` says what the data was (see loop.feed_facts)."""
+    """Write step_<step>, all ranks together; -> its folder. ``feed`` says what the data was (see prepare).
+
+    Raises RunFailed, on every rank with the first one's reason, when a file cannot be written; the folder aside is removed."""
     final, rank = folder(out, step), dist.get_rank()
     aside = final.with_name(".tmp-" + final.name)
     if rank == 0:
-        for left in final.parent.glob(".tmp-*"):
-            shutil.rmtree(str(left))
-        aside.mkdir(parents=True)
+        try:
+            for left in final.parent.glob(".tmp-*"):
+                shutil.rmtree(str(left))
+            aside.mkdir(parents=True)
+        except OSError as error:
+            raise unwritable(aside, error) from None
     dist.barrier()
     settle_ties(pipe)
-    files = {}  # type: Dict[str, Any]
+    files, problem = _write_layers(pipe, aside)
+    everyone = [None] * dist.get_world_size()  # type: List[Any]
+    dist.all_gather_object(everyone, (files, _optimizer_steps(pipe), problem))
+    problems = [found for _, _, found in everyone if found]
+    if problems:
+        if rank == 0:
+            shutil.rmtree(str(aside), ignore_errors=True)
+        raise RunFailed(problems[0])
+    if rank == 0:
+        try:
+            _complete(pipe, out, aside, final, _document(pipe, step, feed, everyone))
+        except OSError as error:
+            shutil.rmtree(str(aside), ignore_errors=True)
+            raise unwritable(final, error) from None
+        prune(final, pipe.config.train.keep)
+    dist.barrier()
+    return final
+
+
+def _write_layers(pipe: Pipeline, aside: Path) -> Tuple[Dict[str, Any], str]:
+    """-> (the manifest's entries of what this rank wrote, "" or why it could not go on). Reading needs all replicas, so a rank
+    that cannot write still reads."""
+    files, problem = {}, ""  # type: Dict[str, Any], str
     for layer in pipe.stage.layers:
         mine = layer % pipe.config.parallel.data == pipe.data_rank
         for name, tensors in _layer_tensors(pipe, layer):
-            if mine:
-                files[name] = _write(aside / name, tensors)
-    everyone = [None] * dist.get_world_size()  # type: List[Any]
-    dist.all_gather_object(everyone, (files, _optimizer_steps(pipe)))
-    if rank == 0:
-        _complete(pipe, out, aside, final, _document(pipe, step, feed, everyone))
-    dist.barrier()
-    return final
+            if mine and not problem:
+                try:
+                    files[name] = write(aside / name, tensors)
+                except RunFailed as error:
+                    problem = str(error)
+    return files, problem
 
 
 def settle_ties(pipe: Pipeline) -> None:
@@ -128,13 +153,19 @@ def _layer_tensors(pipe: Pipeline, layer: int) -> Iterator[Tuple[str, Dict[str, 
     )
 
 
-def _write(path: Path, tensors: Dict[str, torch.Tensor]) -> Dict[str, Any]:
+def write(path: Path, tensors: Dict[str, torch.Tensor]) -> Dict[str, Any]:
+    """-> its entry in the manifest. Raises RunFailed."""
     try:
         save_file(tensors, str(path), metadata={"format": "pt"})
         _sync(path)
-    except OSError as error:
-        raise RunFailed("%s: cannot be written: %s. The last checkpoint is whole." % (path, error.strerror or error)) from None
-    return manifest.file_entry(path)
+        return manifest.file_entry(path)
+    except (OSError, SafetensorError) as error:  # a full disk is the latter
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: Union[OSError, SafetensorError]) -> RunFailed:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return RunFailed("%s: cannot be written: %s. The last checkpoint is whole." % (path, reason))
 
 
 def _optimizer_steps(pipe: Pipeline) -> int:
@@ -145,14 +176,14 @@ def _optimizer_steps(pipe: Pipeline) -> int:
 def _document(pipe: Pipeline, step: int, feed: Dict[str, Any], everyone: List[Any]) -> Dict[str, Any]:
     config, scaler = pipe.config, pipe.loss_scaler
     files = {}  # type: Dict[str, Any]
-    for part, _ in everyone:
+    for part, _, _ in everyone:
         files.update(part)
     return {
         "format": manifest.FORMAT, "kind": "checkpoint", "family": pipe.dims.family, "tied": pipe.dims.tied,
         "layers": pipe.dims.layers, "step": step, "run_name": config.run.name, "run_dtype": config.model.dtype,
         "layer_dtype": "fp32", "files": files, "versions": compat.versions(),
         "training": {
-            "optimizer": config.optim.type, "optimizer_steps": max(steps for _, steps in everyone), "feed": feed,
+            "optimizer": config.optim.type, "optimizer_steps": max(steps for _, steps, _ in everyone), "feed": feed,
             "loss_scaler": {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)},
         },
     }  # fmt: skip
@@ -174,13 +205,30 @@ def _complete(pipe: Pipeline, out: Path, aside: Path, final: Path, document: Dic
     _sync(latest.with_name(".latest"))
     os.replace(str(latest.with_name(".latest")), str(latest))
     _sync(final.parent)
-    prune(final.parent, pipe.config.train.keep)
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest."""
-    for old in sorted(checkpoints.glob("step_*"), key=lambda p: int(p.name[5:]))[:-keep]:
-        shutil.rmtree(str(old))
+def prune(written: Path, keep: int) -> None:
+    """Delete what the run will not go back to: checkpoints newer than the one just ``written`` (a resume passed them over, they
+    are broken), older ones that are not whole, and all but the ``keep`` newest whole ones. Other names are not touched."""
+    step, kept = run_folder.step_of(written), 1
+    for found in run_folder.checkpoints(written.parent):
+        if found == written:
+            continue
+        if run_folder.step_of(found) < step and kept < keep and _whole(found):
+            kept += 1
+            continue
+        try:
+            shutil.rmtree(str(found))
+        except OSError as error:
+            log.warning("%s: cannot be deleted: %s", found, error.strerror)
+
+
+def _whole(found: Path) -> bool:
+    try:
+        manifest.read(found)
+    except UserError:
+        return False
+    return True
 
 
 def _sync(path: Path) -> None:

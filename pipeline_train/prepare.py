@@ -9,12 +9,13 @@ import json
 import math
 import os
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, Optional
 
-from . import compat, config, families, manifest, plan, weights
+from . import compat, config, deepspeed_keys, families, manifest, plan, run_folder, weights
 from .config_schema import RunConfig
-from .data import feed
+from .data import feed, template
 from .data.encode import TextCodec
 from .data.store import default_seq_len
 from .errors import UserError
@@ -41,48 +42,30 @@ def prepare(run: RunConfig, source: Path, resume: Optional[str], say: Say) -> Pr
     compat.check_deepspeed(found["deepspeed"])
     for note in compat.notes(found):
         say(note)
-    out = Path(run.run.out)
-    checkpoint = find_resume(out, resume, say)
     gpus = _resolve_device(run, found, source.name, say)
+    out = Path(run.run.out)
+    run_folder.take(out, source.name, say)
+    checkpoint = run_folder.find(out, resume, say)
     folder = (
         weights.find_folder(run.model.path) if run.model.init == "pretrained" else weights.resolve(run.model.path, weights=False)
     )
     run.model.path = str(folder)  # a hub name or a run means this folder from now on, on every rank
     dims = _resolve_model(run, folder, source.name)
+    facts = _facts(run)
+    document = None if checkpoint is None else manifest.read(checkpoint)
+    if checkpoint is not None and document is not None:  # before anything of the old run is overwritten
+        run_folder.same_model(checkpoint, dims)
+        run_folder.same_run(run, document, facts)
     codec = TextCodec.load(str(folder), run.data.template)
     codec.check_vocab(dims.vocab)
-    try:
-        (out / "data").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError("%s: run.out: %s: cannot be made: %s" % (source.name, out, error.strerror)) from None
-    facts = _encode(run, out, codec, say)
+    facts.update(_freeze_date(codec, document, say))
+    facts["data"] = _encode(run, out, codec, say)
     total = _total_steps(run, out, codec.pad_id, say)
-    done = 0
-    if checkpoint is not None:
-        document = manifest.read(checkpoint)
-        done = int(document["step"])
-        _same_run(run, dims, document, facts)
+    if document is not None:
+        run_folder.same_run(run, document, facts)
+        run_folder.say_changes(run, out, say)
     _write_resolved(run, out, source, folder, codec, {"versions.json": found, "data.json": dict(facts, pad_id=codec.pad_id)})
-    return Prepared(run, out, dims, gpus, total, checkpoint, done)
-
-
-def find_resume(out: Path, resume: Optional[str], say: Say) -> Optional[Path]:
-    """The checkpoint to resume from. Raises UserError for a used folder without --resume, or --resume without a checkpoint."""
-    started = (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0
-    saved = any((out / "checkpoints").glob("step_*"))
-    if resume is None:
-        if started or saved:
-            raise UserError("%s: already holds a run. Continue it with --resume, or give run.out another folder." % out)
-        return None
-    if not saved:
-        if resume == "auto":
-            return None
-        raise UserError("%s: --resume: no checkpoint to continue from. Start it without --resume, or use --resume auto." % out)
-    passed_over = []  # type: list
-    found = manifest.find_checkpoint(out, passed_over)
-    for line in passed_over:
-        say("passed over: %s" % line)
-    return found
+    return Prepared(run, out, dims, gpus, total, checkpoint, 0 if document is None else int(document["step"]))
 
 
 def _resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str, say: Say) -> int:
@@ -105,10 +88,7 @@ def _resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str,
     scale = run.optim.loss_scale.initial
     if run.model.dtype == "fp16" and (scale < 1 or math.log2(scale) % 1):
         raise UserError("%s: optim.loss_scale.initial: must be a power of two, got %d" % (where, scale))
-    if run.deepspeed.get("zero_optimization", {}).get("stage", 1) != 1:
-        raise UserError(
-            "%s: deepspeed.zero_optimization.stage: 0 clips every pipeline stage by its own gradient norm; use 1" % where
-        )
+    deepspeed_keys.check(run.deepspeed, where, say)
     if run.parallel.offload and not gpus.number:
         say("parallel.offload: has no effect on the CPU")
         run.parallel.offload = False
@@ -145,10 +125,34 @@ def _write_resolved(run: RunConfig, out: Path, source: Path, folder: Path, codec
         raise UserError("run.out: %s: cannot be written: %s" % (error.filename or out, error.strerror)) from None
 
 
-def _encode(run: RunConfig, out: Path, codec: TextCodec, say: Say) -> Dict[str, Any]:
-    """Encode train and eval data; -> what must be the same when the run is resumed."""
+def _facts(run: RunConfig) -> Dict[str, Any]:
+    """What must be the same when the run is resumed, as far as run.yaml says it."""
+    return {"seq_len": run.data.seq_len, "rows_per_step": run.rows_per_step, "pack": run.data.pack, "seed": run.run.seed}
+
+
+def _freeze_date(codec: TextCodec, document: Optional[Dict[str, Any]], say: Say) -> Dict[str, str]:
+    """For a chat template that writes the date: one date for all of a run, the first start's. -> {"now": ...} or {}."""
+    template.fix_now(None)
+    if "strftime_now" not in codec.chat_template:
+        return {}
+    before = None if document is None else document["training"]["feed"].get("now")
+    now = datetime.now().replace(microsecond=0) if before is None else datetime.fromisoformat(before)
+    template.fix_now(now)
+    say(
+        "the chat template writes the date: the data is encoded with %s, a server's prompts carry the day they are sent"
+        % now.date()
+    )
+    return {"now": now.isoformat()}
+
+
+def _encode(run: RunConfig, out: Path, codec: TextCodec, say: Say) -> str:
+    """Encode train and eval data; -> a hash of what is trained on."""
     seq_len = run.data.seq_len
     assert seq_len is not None
+    try:
+        (out / "data").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError("run.out: %s: cannot be made: %s" % (out / "data", error.strerror)) from None
     statistics = {}
     for which in ("eval", "train") if run.data.eval is not None else ("train",):
         statistics = feed.prepare(run, codec, which, out / "data", seq_len)
@@ -156,10 +160,7 @@ def _encode(run: RunConfig, out: Path, codec: TextCodec, say: Say) -> Dict[str, 
             say(line)
     say("%(file)s: %(records)d records, %(bad)d bad, %(tokens)d tokens, %(learnt_tokens)d of them learnt, %(truncated)d truncated, "
         "%(dropped)d dropped, %(nothing_to_learn)d with nothing to learn" % statistics)  # fmt: skip
-    return {
-        "data": statistics["hash"][:16], "seq_len": seq_len, "rows_per_step": run.rows_per_step, "pack": run.data.pack,
-        "seed": run.run.seed,
-    }  # fmt: skip
+    return str(statistics["hash"][:16])
 
 
 def _total_steps(run: RunConfig, out: Path, pad_id: int, say: Say) -> int:
@@ -181,19 +182,3 @@ def _total_steps(run: RunConfig, out: Path, pad_id: int, say: Say) -> int:
         if run.train.max_steps is not None and total >= run.train.max_steps:
             return run.train.max_steps
     return total
-
-
-def _same_run(run: RunConfig, dims: Dims, document: Dict[str, Any], facts: Dict[str, Any]) -> None:
-    """A resumed run counts steps through the same data with the same optimizer. Raises UserError naming what changed."""
-    before = dict(document["training"]["feed"], optimizer=document["training"]["optimizer"], layers=document["layers"])
-    now = dict(facts, optimizer=run.optim.type, layers=dims.layers)
-    keys = {
-        "data": "data.train or the tokenizer", "seq_len": "data.seq_len", "rows_per_step": "batch.global", "pack": "data.pack",
-        "seed": "run.seed", "optimizer": "optim.type", "layers": "model.path",
-    }  # fmt: skip
-    for key, name in keys.items():
-        if before.get(key) != now[key]:
-            raise UserError(
-                "--resume: %s changed since the checkpoint at step %d (%s, now %s). Change it back, or start a new run.out."
-                % (name, document["step"], before.get(key), now[key])
-            )

@@ -209,5 +209,15 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+_fixed_now: Optional[datetime] = None
+
+
+def fix_now(now: Optional[datetime]) -> None:
+    """What ``strftime_now`` of a chat template says from here on in this process; None: the clock. A run has one date, or a resume
+    after midnight would meet other data than it was started with."""
+    global _fixed_now
+    _fixed_now = now
+
+
 def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+    return (_fixed_now or datetime.now()).strftime(form)

@@ -14,7 +14,7 @@ PACKAGES = ("pipeline_train", "export", "serve", "verbs")
 ROWS = [
     {"errors"},
     {"families", "manifest", "data.records", "data.shapes", "data.files", "data.template"},
-    {"config", "config_reading", "config_schema", "migrate"},
+    {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder"},
     {"compat"},
     {"models", "data", "plan"},
     {"stages", "weights"},

@@ -1,13 +1,19 @@
 """Every mistake of a run is one line, found before any process starts."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 from pipeline_train import compat, config, manifest, prepare  # noqa: E402
+from pipeline_train.data import template  # noqa: E402
 from pipeline_train.errors import UserError  # noqa: E402
 from tests.models import make_hf, tiny_config  # noqa: E402
 from tests.tokenizers import tiny_tokenizer  # noqa: E402
@@ -97,6 +103,23 @@ def test_epochs_and_max_steps_decide_the_length(start):
     ({"model": {"dtype": "fp16"}}, ["model.dtype: fp16 needs a GPU"]),
     ({"deepspeed": {"zero_optimization": {"stage": 0}}}, ["deepspeed.zero_optimization.stage: 0", "use 1"]),
     ({"deepspeed": {"train_batch_size": 8}}, ["deepspeed.train_batch_size: is set from batch.global"]),
+    ({"deepspeed": {"zero_optimization": {"round_robin_gradients": True}}},
+     ["deepspeed.zero_optimization.round_robin_gradients: deals the gradients out in another order", "remove it"]),
+    ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}, ["is set from parallel.offload"]),
+    ({"deepspeed": {"zero_optimization": {"stag": 1}}},
+     ["deepspeed.zero_optimization.stag: is not passed on to DeepSpeed", 'did you mean "stage"?']),
+    ({"deepspeed": {"zero_optimization": {"stage": True}}},
+     ["deepspeed.zero_optimization.stage: expected a positive whole number, got True"]),
+    ({"deepspeed": {"zero_optimization": {"overlap_comm": 1}}}, ["overlap_comm: expected true or false, got 1"]),
+    ({"deepspeed": {"zero_optimization": {"reduce_bucket_size": "many"}}}, ["expected a positive whole number, got 'many'"]),
+    ({"deepspeed": {"torch_autocast": {"enabled": True}}}, ["deepspeed.torch_autocast: changes the arithmetic", "model.dtype"]),
+    ({"deepspeed": {"data_types": {"grad_accum_dtype": "bf16"}}}, ["deepspeed.data_types: changes the arithmetic"]),
+    ({"deepspeed": {"communication_data_type": "fp16"}}, ["deepspeed.communication_data_type: 'fp16' changes the arithmetic"]),
+    ({"deepspeed": {"prescale_gradients": True}}, ["deepspeed.prescale_gradients: changes how gradients are averaged"]),
+    ({"deepspeed": {"gradient_predivide_factor": 2.0}}, ["deepspeed.gradient_predivide_factor: changes how"]),
+    ({"deepspeed": {"sparse_gradients": True}}, ["deepspeed.sparse_gradients: is not passed on to DeepSpeed", "passes on: "]),
+    ({"run": {"out": "/tmp/a\0b"}}, ["run.out"]),
+    ({"run": {"out": "/tmp/" + "x" * 300}}, ["run.out"]),
 ])  # fmt: skip
 def test_wrong_keys(start, sections, words):
     refused(start, *words, **sections)
@@ -147,13 +170,37 @@ def test_an_out_folder_that_cannot_be_made(start, tmp_path):
     refused(start, "run.yaml: run.out:", "cannot be made: Not a directory", run={"out": str(tmp_path / "file" / "out")})
 
 
+def test_deepspeed_keys_that_only_change_speed_pass(start):
+    zero = {"stage": 1, "reduce_bucket_size": 5e8, "overlap_comm": False, "offload_param": {"device": "cpu"}}
+    start(deepspeed={"zero_optimization": zero, "wall_clock_breakdown": True, "communication_data_type": "fp32"})
+    assert "deepspeed.zero_optimization.offload_param: has no effect below stage 3" in start.said
+
+
+def test_a_second_train_on_the_folder_is_refused_while_the_first_lives(start):
+    code = "import sys, time; sys.path.insert(0, %r)\nfrom pathlib import Path\nfrom pipeline_train import run_folder\n"
+    code += "run_folder.take(Path(%r), 'run.yaml', print); print('taken', flush=True); time.sleep(60)"
+    code = code % (str(Path(__file__).resolve().parents[2]), str(start.out))
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "taken\n"
+        for resume in (None, "auto"):
+            refused(start, "another pipedock train (pid %d) is using this folder" % first.pid, resume=resume)
+        assert not (start.out / "data").exists()
+    finally:
+        first.kill()
+        first.communicate()
+    start()  # the lock went with its holder
+    assert (start.out / ".lock").read_text() == "%d\n" % os.getpid()
+
+
 def used(start, step=4, total_layers=5, **feed):
     """Make <out> hold a checkpoint of the run that ``start()`` describes."""
     facts = dict(json.loads((start.out / "resolved" / "data.json").read_text()), **feed)
     facts.pop("pad_id")
     folder = start.out / "checkpoints" / ("step_%06d" % step)
     folder.mkdir(parents=True)
-    files = {}
+    shutil.copyfile(str(start.out / "resolved" / "model" / "config.json"), str(folder / "config.json"))
+    files = {"config.json": manifest.file_entry(folder / "config.json")}
     for layer in range(total_layers):
         (folder / manifest.layer_file(layer)).write_bytes(b"x")
         files[manifest.layer_file(layer)] = manifest.file_entry(folder / manifest.layer_file(layer))
@@ -166,36 +213,125 @@ def used(start, step=4, total_layers=5, **feed):
 
 
 def test_a_used_folder_needs_resume_and_resume_needs_a_checkpoint(start):
-    with pytest.raises(UserError, match="--resume: no checkpoint to continue from"):
+    advice = "Start it with --resume auto, or give run.out another folder.$"
+    with pytest.raises(UserError, match="--resume: no checkpoint to continue from. " + advice):
         start("newest")
     assert start("auto").resume is None
     (start.out / "metrics.jsonl").write_text('{"kind": "start"}\n')
-    with pytest.raises(UserError, match="already holds a run. Continue it with --resume"):
+    (start.out / "checkpoints" / "step_000002.bak").mkdir(parents=True)  # somebody's copy, not a checkpoint of the run
+    with pytest.raises(UserError, match="already holds a run, which has saved no checkpoint. " + advice):
         start()
     assert start("auto").resume is None  # it died before its first checkpoint
     folder = used(start)
+    with pytest.raises(UserError, match="already holds a run. Continue it with --resume"):
+        start()
     for mode in ("newest", "auto"):
         assert (start(mode).resume, start(mode).done) == (folder, 4)
 
 
+def test_a_save_that_was_cut_short_is_cleared_away(start):
+    start()
+    left = start.out / "checkpoints" / ".tmp-step_000008"
+    left.mkdir(parents=True)
+    (left / "layer_000.safetensors").write_bytes(b"x" * 100)
+    used(start)
+    assert start("newest").done == 4 and not left.exists()
+
+
 def test_resume_takes_the_newest_whole_checkpoint_and_says_what_it_passed_over(start):
     start()
-    whole, cut = used(start, 4), used(start, 8)
+    whole, cut, rotten = used(start, 4), used(start, 8), used(start, 10)
     (cut / manifest.layer_file(2)).write_bytes(b"")
+    (rotten / manifest.layer_file(2)).write_bytes(b"y")  # the same size
     assert start("newest").resume == whole
     passed = [line for line in start.said if line.startswith("passed over: ")]
-    assert len(passed) == 1 and "step_000008" in passed[0]
+    assert len(passed) == 2 and "step_000010" in passed[0] and "step_000008" in passed[1]
+    (whole / manifest.layer_file(2)).unlink()
+    with pytest.raises(UserError, match="--resume: none of its 3 checkpoints is whole. Give run.out another folder"):
+        start("auto")
 
 
 @pytest.mark.parametrize("sections, words", [
-    ({"data": {"seq_len": 64}}, "data.train or the tokenizer|data.seq_len"), ({"batch": {"global": 8}}, "batch.global"),
+    ({"data": {"seq_len": 64}}, "data.seq_len"), ({"batch": {"global": 8}}, "batch.global"),
     ({"data": {"pack": False}}, "data.pack"), ({"run": {"seed": 7}}, "run.seed"), ({"optim": {"type": "lion"}}, "optim.type"),
 ])  # fmt: skip
 def test_a_resume_with_something_changed_says_what(start, sections, words):
     start()
     used(start)
-    before = (start.out / "resolved" / "run.yaml").read_text()
+    before = contents(start.out)
     with pytest.raises(UserError, match="--resume: (%s) changed since the checkpoint at step 4" % words):
         start("newest", **dict(sections, run=dict({"out": str(start.out)}, **sections.get("run", {}))))
-    assert (start.out / "resolved" / "run.yaml").read_text() == before
-    assert start("newest", parallel={"pipe": 1, "data": 2}, optim={"lr": 1.0}).done == 4  # these may change
+    assert contents(start.out) == before
+
+
+def contents(out):
+    return {p: p.read_bytes() for folder in ("resolved", "data") for p in (out / folder).rglob("*") if p.is_file()}
+
+
+def test_a_resume_with_other_data_is_refused(start):
+    start()
+    used(start)
+    path = start.out.parent / "train.jsonl"
+    path.write_text(path.read_text().replace("number 3.", "number 4."))
+    with pytest.raises(UserError, match="--resume: data.train or the tokenizer changed since the checkpoint at step 4"):
+        start("newest")
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"rope_theta": 5e5}, "rope_theta of config.json"), ({"rms_norm_eps": 0.01}, "norm_eps of config.json"),
+    ({"tie_word_embeddings": False}, "tied of config.json"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling of config.json"),
+])  # fmt: skip
+def test_a_resume_with_another_model_of_the_same_shape_is_refused(start, model, tmp_path, changes, words):
+    start()
+    used(start)
+    other = tmp_path / "other"
+    shutil.copytree(str(model), str(other))
+    raw = json.loads((other / "config.json").read_text())
+    raw.pop("rope_parameters", None)
+    (other / "config.json").write_text(json.dumps({**raw, "rope_theta": 10000.0, **changes}))
+    before = contents(start.out)
+    with pytest.raises(UserError) as error:
+        start("newest", model={"path": str(other), "init": "random"})
+    message = str(error.value)
+    assert message.startswith("--resume: model.path (") and words in message and "changed since the checkpoint at step 4" in message
+    assert contents(start.out) == before
+
+
+def test_what_may_change_at_a_resume_is_said(start):
+    start()
+    used(start)
+    done = start("newest", parallel={"pipe": 1, "data": 2}, optim={"lr": 1.0}, train={"epochs": 3}, model={"dtype": "bf16"})
+    assert done.done == 4
+    said = [line for line in start.said if line.startswith("--resume: ")]
+    assert [line.split(" was ")[0] for line in said] == [
+        "--resume: optim.lr", "--resume: train.epochs", "--resume: model.dtype",
+    ]  # fmt: skip
+    assert said[0].endswith("is 1.0 from here on")
+
+
+def test_a_template_that_writes_the_date_keeps_the_first_starts_at_a_resume(start, tmp_path, monkeypatch):
+    class Clock(datetime):
+        day = 1
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2024, 5, cls.day, 23, 59, 58)
+
+    monkeypatch.setattr(prepare, "datetime", Clock)
+    monkeypatch.setattr(template, "datetime", Clock)
+    chat = tmp_path / "chat.jinja"
+    chat.write_text("{{ 'Today is ' + strftime_now('%d %b %Y') + '\\n' }}" + template.DEFAULT_CHAT_TEMPLATE)
+    record = json.dumps({"type": "conversation", "rounds": [["ask", "Which colour?"], ["ans", "Red."]]})
+    (tmp_path / "train.jsonl").write_text((record + "\n") * 40)
+    data = {"template": str(chat), "seq_len": 64}
+    start(data=data)
+    assert any("encoded with 2024-05-01, a server's prompts carry the day they are sent" in line for line in start.said)
+    used(start)
+    Clock.day = 2
+    assert start("newest", data=data).done == 4
+    assert json.loads((start.out / "resolved" / "data.json").read_text())["now"] == "2024-05-01T23:59:58"
+    shutil.rmtree(str(start.out))
+    start(data=data)
+    assert json.loads((start.out / "resolved" / "data.json").read_text())["now"] == "2024-05-02T23:59:58"
+    template.fix_now(None)

@@ -1,0 +1,139 @@
+"""Whose run a folder is: its lock, the checkpoint to go on from, and whether it is still the same run."""
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import IO, Any, Callable, Dict, List, Optional
+
+import msgspec
+import yaml
+
+from . import families, manifest
+from .config_schema import RunConfig
+from .errors import UserError
+from .families import Dims
+
+Say = Callable[[str], None]  # takes a line for the user
+
+_locks: Dict[str, IO[str]] = {}  # open until this process ends: closing the file gives the lock up
+STEP = re.compile(r"step_[0-9]+")
+FRESH = "Start it with --resume auto, or give run.out another folder."
+
+
+def take(out: Path, where: str, say: Say) -> None:
+    """Make ``out`` this process's alone until it ends, and clear away a save that was cut short. ``where`` names run.yaml.
+
+    Raises UserError for a folder that cannot be made or that another train is using."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        before = _locks.pop(str(out.resolve()), None)
+        if before is not None:
+            before.close()
+        file = open(str(out / ".lock"), "a+", encoding="ascii")  # not "w": that would erase the holder's number
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        shown = str(out) if len(str(out)) <= 100 else str(out)[:97] + "..."
+        raise UserError("%s: run.out: %s: cannot be made: %s" % (where, ascii(shown).strip("'"), reason)) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise UserError(
+                "%s: another pipedock train (pid %s) is using this folder. Wait for it, or give run.out another one."
+                % (out, holder)
+            ) from None
+        say("%s: cannot be locked (%s); do not start a second train on it" % (out, error.strerror))
+    else:
+        _locks[str(out.resolve())] = file
+        file.truncate(0)
+        file.write("%d\n" % os.getpid())
+        file.flush()
+    for left in (out / "checkpoints").glob(".tmp-*"):
+        shutil.rmtree(str(left), ignore_errors=True)
+
+
+def checkpoints(parent: Path) -> List[Path]:
+    """The step_<number> folders in <out>/checkpoints, newest first; whether they are whole is not looked at."""
+    found = [path for path in parent.glob("step_*") if STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name[len("step_") :])
+
+
+def find(out: Path, resume: Optional[str], say: Say) -> Optional[Path]:
+    """The checkpoint to resume from: the newest whose files all have the size and the hash their manifest says.
+
+    Raises UserError for a used folder without --resume, or --resume without a checkpoint."""
+    started = (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0
+    saved = checkpoints(out / "checkpoints")
+    if resume is None:
+        if saved:
+            raise UserError("%s: already holds a run. Continue it with --resume, or give run.out another folder." % out)
+        if started:
+            raise UserError("%s: already holds a run, which has saved no checkpoint. %s" % (out, FRESH))
+        return None
+    if not saved:
+        if resume == "auto":
+            return None
+        raise UserError("%s: --resume: no checkpoint to continue from. %s" % (out, FRESH))
+    for folder in saved:
+        try:
+            manifest.check_hashes(folder)
+        except UserError as error:
+            say("passed over: %s" % error)
+        else:
+            return folder
+    raise UserError("%s: --resume: none of its %d checkpoints is whole. Give run.out another folder." % (out, len(saved)))
+
+
+def same_model(checkpoint: Path, dims: Dims) -> None:
+    """Raises UserError naming the first thing in which model.path is no longer the model that the checkpoint was made of."""
+    before = families.dims_of(families.read_config(str(checkpoint)))
+    changed = [f.name for f in fields(Dims) if getattr(before, f.name) != getattr(dims, f.name)]
+    if changed:
+        was, now = getattr(before, changed[0]), getattr(dims, changed[0])
+        raise _changed("model.path (%s of config.json)" % ", ".join(changed), manifest.read(checkpoint)["step"], was, now)
+
+
+def same_run(run: RunConfig, document: Dict[str, Any], facts: Dict[str, Any]) -> None:
+    """A resumed run counts steps through the same data with the same optimizer; ``facts``: what is known of it so far (see
+    prepare). Raises UserError naming what changed."""
+    before = dict(document["training"]["feed"], optimizer=document["training"]["optimizer"])
+    now = dict(facts, optimizer=run.optim.type)
+    keys = {
+        "seq_len": "data.seq_len", "rows_per_step": "batch.global", "pack": "data.pack", "seed": "run.seed",
+        "optimizer": "optim.type", "data": "data.train or the tokenizer",
+    }  # fmt: skip
+    for key, name in keys.items():
+        if key in now and before.get(key) != now[key]:
+            raise _changed(name, document["step"], before.get(key), now[key])
+
+
+def _changed(name: str, step: int, before: Any, now: Any) -> UserError:
+    return UserError(
+        "--resume: %s changed since the checkpoint at step %d (%s, now %s). Change it back, or start a new run.out."
+        % (name, step, before, now)
+    )
+
+
+def say_changes(run: RunConfig, out: Path, say: Say) -> None:
+    """What may change at a resume, but not unnoticed: optim, train and model.dtype against the last start's."""
+    try:
+        last = yaml.safe_load((out / "resolved" / "run.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return  # cut off, or another program's: the run does not depend on it
+    now = msgspec.to_builtins(run)
+    for section, names in (("optim", now["optim"]), ("train", now["train"]), ("model", ("dtype",))):
+        old = last.get(section) if isinstance(last, dict) else None
+        for name in names:
+            if isinstance(old, dict) and name in old and old[name] != now[section][name]:
+                say("--resume: %s.%s was %s, is %s from here on" % (section, name, old[name], now[section][name]))
