@@ -174,8 +174,8 @@ def _wait_until_healthy(
         code = process.poll()
         if code is not None:
             last = tail(running.log, 1)
-            if code == 2 and last.startswith("serve: "):  # its own words about the user's input
-                raise UserError(last[len("serve: ") :])
+            if last.startswith("serve: "):  # its own words
+                raise (UserError if code == 2 else RunFailed)(last[len("serve: ") :])
             raise RunFailed(
                 "the server ended with code %d before it was ready; the end of %s:\n%s" % (code, running.log, tail(running.log))
             )

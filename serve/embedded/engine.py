@@ -7,6 +7,7 @@ import inspect
 from typing import Any, Dict, List, Optional
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline_train.errors import RunFailed, UserError
@@ -131,9 +132,13 @@ def _load(folder: str, dtype: Optional[str], device: torch.device, revision: Opt
     else:
         stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
         chosen = stored if stored in (torch.float16, torch.bfloat16) else torch.float16
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=chosen, revision=revision, trust_remote_code=trust_remote_code, output_loading_info=True
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=chosen, revision=revision, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (SafetensorError, OSError, ValueError, RuntimeError, LookupError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError("%s: its weights cannot be loaded: %.300s" % (folder, why)) from error
     model, report = loaded
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
     if missing:

@@ -162,6 +162,15 @@ def test_missing_weights_are_not_made_up(tmp_path):
         Engine(str(tmp_path))
 
 
+def test_a_truncated_file_is_one_line(tmp_path):
+    make_hf(tmp_path, CASES["llama"])
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="its weights cannot be loaded: ") as error:
+        Engine(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
 def test_a_model_that_cannot_be_batched_is_refused(tmp_path, monkeypatch):
     """Planted: positions that are off by one in every decode step."""
     make_hf(tmp_path, tiny_config("llama"))
