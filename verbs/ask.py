@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
         raise UserError("--system goes with --chat; a plain prompt is sent as it is")
     if args.prompt is None and not args.chat:
         raise UserError("give a prompt, or --chat for a conversation")
+    if args.prompt is None and args.json:
+        raise UserError("a conversation has no JSON document: give a prompt, or leave --json out")
     if not args.url.startswith(("http://", "https://")):
         raise UserError("--url %s: expected http://HOST:PORT" % args.url)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt

@@ -56,6 +56,7 @@ def text(document: Dict[str, Any]) -> str:
 
 
 def _serve(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
+    from pipeline_train.errors import RunFailed
     from serve.launch import launch
 
     key = _key(args.api_key_file) if args.api_key_file else None
@@ -71,7 +72,13 @@ def _serve(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
         return document
     args.answer.write((_json(document) if args.json else text(document)) + "\n")
     args.answer.flush()
-    follow(server, stopping)
+    try:
+        follow(server, stopping)
+    except RunFailed as error:
+        if not args.json:
+            raise
+        sys.stderr.write("pipedock serve: %s\n" % error)  # the one document is out already
+        raise SystemExit(1)
     return None
 
 

@@ -96,6 +96,7 @@ def test_in_the_foreground_a_signal_ends_it_after_the_running_request(pipedock, 
         (["Hello"], 1, "no server there (Connection refused); start one with pipedock serve"),
         ([], 2, "give a prompt, or --chat for a conversation"),
         (["Hello", "--system", "x"], 2, "--system goes with --chat"),
+        (["--chat", "--json"], 2, "a conversation has no JSON document"),
     ],
 )
 def test_ask_without_a_server(pipedock, argv, code, text):

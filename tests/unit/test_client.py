@@ -136,6 +136,7 @@ def test_a_web_page_is_not_shown():
         (401, b"", library.Unauthorized, "the server answered 401 without a text"),
         (404, b"", library.NotFound, "404"),
         (500, b"oops", library.ClientError, "oops"),
+        (404, b"<html>not here", library.NotFound, "an HTML page with code 404; is this another server's port?"),
         (200, b"<html>", library.GenerationFailed, "the answer is no JSON: <html>"),
         (200, b'{"x":1}', library.GenerationFailed, "not an answer of a text generation server"),
         (200, b"[]", library.GenerationFailed, "not an answer of a text generation server"),
