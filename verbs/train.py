@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
 
 
 def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
+    from pipeline_train.errors import RunFailed
     from pipeline_train.launch import launch
     from pipeline_train.prepare import prepare
 
@@ -60,10 +61,26 @@ def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
     progress = Progress(prepared.total)
     try:
         summary = launch(prepared, progress.show)
+    except (RunFailed, KeyboardInterrupt):
+        progress.close()
+        _say(kept(prepared.out))
+        raise
     finally:
         progress.close()
     _say("peak memory per stage: %s GiB" % ", ".join("%.2f" % gib for gib in summary["peak_gib"]))
     return dict(summary, out=out, **_export(prepared, trained=True))
+
+
+def kept(out: Path) -> str:
+    """What an interrupted run leaves, and how to go on, in one line."""
+    from pipeline_train import manifest
+    from pipeline_train.errors import UserError
+
+    try:
+        newest = manifest.find_checkpoint(out)
+    except UserError:
+        return "%s: nothing was saved yet; --resume auto starts again. train.save_every sets how often a run is saved" % out
+    return "%s: %s is kept; continue with --resume" % (out, newest.name)
 
 
 def _export(prepared: Any, trained: bool) -> Dict[str, str]:

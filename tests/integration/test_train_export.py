@@ -7,6 +7,7 @@ import yaml
 from pipedock import main
 from tests.models import make_hf, tiny_config
 from tests.tokenizers import tiny_tokenizer
+from verbs.train import kept
 
 
 def test_train_exports_and_proves(tmp_path, capfd, monkeypatch):
@@ -43,3 +44,8 @@ def test_train_exports_and_proves(tmp_path, capfd, monkeypatch):
     (export / "proof.json").write_text("{}")
     assert main(command + ["--resume", "auto"]) == 0
     assert json.loads((export / "proof.json").read_text())["holds"] is True, "an export without proof is written again"
+
+    assert kept(out) == "%s: step_000002 is kept; continue with --resume" % out
+    assert kept(tmp_path / "nothing").endswith(
+        "nothing was saved yet; --resume auto starts again. train.save_every sets how often a run is saved"
+    )
