@@ -34,10 +34,8 @@ def take(out: Path, where: str, say: Say) -> None:
         if before is not None:
             before.close()
         file = open(str(out / ".lock"), "a+", encoding="ascii")  # not "w": that would erase the holder's number
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte
-        reason = error.strerror if isinstance(error, OSError) else error
-        shown = str(out) if len(str(out)) <= 100 else str(out)[:97] + "..."
-        raise UserError("%s: run.out: %s: cannot be made: %s" % (where, ascii(shown).strip("'"), reason)) from None
+    except OSError as error:
+        raise UserError("%s: run.out: %s: cannot be made: %s" % (where, out, error.strerror)) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -56,7 +56,8 @@ class Tally:
     def add_bad(self, where: str, message: str) -> None:
         self.bad += 1
         if len(self.messages) < SHOWN:
-            self.messages.append("%s: %s" % (where, message))
+            line = "%s: %s" % (where, message)
+            self.messages.append(line.encode("utf-8", "backslashreplace").decode("utf-8"))  # half a surrogate pair can be in it
 
     def finish(self) -> None:
         """Raises UserError when bad lines are not to be skipped, or when nothing is left."""

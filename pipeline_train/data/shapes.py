@@ -152,6 +152,8 @@ def _convert(value: Dict[str, Any], struct: Any) -> Any:
         return msgspec.convert(value, struct)
     except msgspec.ValidationError as error:
         raise BadRecord(_plain(str(error))) from None
+    except UnicodeEncodeError as error:  # in a key, or in a text that must be one of a few words
+        raise BadRecord("expected valid text, got half a surrogate pair %s" % ascii(error.object[error.start])) from None
 
 
 @functools.lru_cache(maxsize=1024)

@@ -163,7 +163,8 @@ class Encoder:
             "codec": self.codec.identity(), "warnings": self._warnings(tally),
         }  # fmt: skip
         text = json.dumps(result, ensure_ascii=False, indent=1)
-        (self.folder / (self.which + ".json")).write_text(text + "\n", encoding="utf-8")
+        # A file name that is no text becomes \udc80 and so on, which JSON reads as it was.
+        (self.folder / (self.which + ".json")).write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
         return result
 
     def _warnings(self, tally: Tally) -> List[str]:

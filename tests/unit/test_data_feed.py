@@ -1,6 +1,7 @@
 """Encoded files and the feed: every sample once per epoch, no target across samples, any step without the ones before it."""
 
 import json
+import os
 import random
 
 import numpy as np
@@ -248,6 +249,30 @@ def test_bad_records_end_it_and_leave_no_files(tmp_path, codec):
     statistics = encode(tmp_path, codec, [SHORT, {"type": "pretrain"}, SHORT], on_bad="skip")
     assert (statistics["records"], statistics["bad"], statistics["samples"]) == (2, 1, 2)
     assert statistics["bad_lines"][0].endswith("d.jsonl:2: text: missing, expected text")
+
+
+def test_half_a_surrogate_pair_anywhere_is_a_bad_record(tmp_path, codec):
+    bad = [
+        '{"\\ud800": 1}', '{"instruction": "a", "output": "b", "\\ud800": 1}', '{"type": "pretrain", "text": "\\ud800"}',
+        '{"type": "conversation", "rounds": [["\\ud800", "x"]]}', '{"messages": [{"role": "\\ud800", "content": "x"}]}',
+        '{"type": "\\ud800"}',
+    ]  # fmt: skip
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(bad + ['{"type": "pretrain", "text": "Red, green and blue."}']) + "\n")
+    result = prepare(run_config(path, on_bad="skip"), codec, "train", tmp_path / "data", 128)
+    assert (result["records"], result["bad"], len(result["bad_lines"])) == (1, len(bad), len(bad))
+    assert all(line.startswith("%s:%d: " % (path, n)) and "ud800" in line for n, line in enumerate(result["bad_lines"], 1))
+    assert json.loads((tmp_path / "data" / "train.json").read_text(encoding="utf-8"))["bad_lines"] == result["bad_lines"]
+    with pytest.raises(UserError) as error:
+        prepare(run_config(path), codec, "train", tmp_path / "data", 128)
+    assert str(error.value).encode("utf-8") and "6 bad records" in str(error.value)
+
+
+def test_a_file_name_that_is_no_text(tmp_path, codec):
+    path = tmp_path / os.fsdecode(b"d\x80.jsonl")
+    path.write_text('{"type": "pretrain", "text": "Red, green and blue."}\n')
+    prepare(run_config(path), codec, "train", tmp_path / "data", 128)
+    assert json.loads((tmp_path / "data" / "train.json").read_text(encoding="utf-8"))["file"] == str(path)
 
 
 def test_what_a_template_refuses_is_a_bad_record(tmp_path, codec, tmp_path_factory):
