@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterable, Iterator
 
 from pipeline_train.errors import RunFailed, UserError
 
@@ -32,7 +32,7 @@ def output_folder(output: str, needed: int, overwrite: bool = False) -> Iterator
         raise UserError("%s: cannot be made: %s: %s" % (output, error.filename, error.strerror)) from None
     try:
         if free < needed:
-            raise UserError("%s: needs %.2f GiB, only %.2f GiB are free there" % (output, needed / 2**30, free / 2**30))
+            raise UserError("%s: needs %s, only %s are free there" % (output, _size(needed), _size(free)))
         yield partial
         _replace(partial, final)
     except OSError as error:
@@ -45,19 +45,58 @@ def write_marker(folder: Path, document: Dict[str, Any]) -> None:
     (folder / MARKER).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def check_free(output: str, overwrite: bool = False) -> None:
-    """Raise UserError unless ``output`` can be written: absent, empty, or with ``overwrite`` an export of ours."""
+def check_free(output: str, overwrite: bool = False, apart_from: Iterable[str] = ()) -> None:
+    """Raise UserError unless ``output`` can be written: absent, empty, or with ``overwrite`` an export of ours.
+
+    ``apart_from``: paths that ``output`` may neither be, nor lie in, nor hold.
+    """
     final = Path(os.path.abspath(output))
+    for other in apart_from:
+        _check_apart(output, os.path.realpath(str(final)), other)
+    _check_parent(output, final)
     if not os.path.lexists(str(final)):
         return
     if not final.is_dir():
         raise UserError("%s: exists and is not a folder; name another --output" % output)
-    if not any(final.iterdir()):
+    try:
+        empty = not any(final.iterdir())
+    except OSError as error:
+        raise UserError("%s: cannot be read: %s" % (output, error.strerror)) from None
+    if empty:
         return
     if not overwrite:
         raise UserError("%s: exists and is not empty; name another --output or remove it" % output)
     if not (final / MARKER).is_file():
         raise UserError("%s: is not an export of pipedock (no %s), so --overwrite leaves it alone" % (output, MARKER))
+
+
+def _check_apart(output: str, real: str, other: str) -> None:
+    theirs = os.path.realpath(other)
+    if real == theirs:
+        raise UserError("%s: is %s itself; name a folder of its own for the export" % (output, other))
+    if real.startswith(os.path.join(theirs, "")):
+        raise UserError("%s: lies inside %s; name a folder of its own for the export" % (output, other))
+    if theirs.startswith(os.path.join(real, "")):
+        raise UserError("%s: holds %s; name a folder of its own for the export" % (output, other))
+
+
+def _check_parent(output: str, final: Path) -> None:
+    """The folder can be made: each missing name is short enough, and the nearest folder that exists takes new files."""
+    missing = [".%s.partial" % final.name]
+    parent = final.parent
+    while not os.path.lexists(str(parent)):
+        missing.append(parent.name)
+        parent = parent.parent
+    if not os.path.isdir(str(parent)):
+        raise UserError("%s: cannot be made: %s is not a folder" % (output, parent))
+    if not os.access(str(parent), os.W_OK | os.X_OK):
+        raise UserError("%s: cannot be made: no permission to write in %s" % (output, parent))
+    if max(len(os.fsencode(name)) for name in missing) > os.pathconf(str(parent), "PC_NAME_MAX"):
+        raise UserError("%s: cannot be made: its name is too long" % output)
+
+
+def _size(nbytes: int) -> str:
+    return "%.2f GiB" % (nbytes / 2**30) if nbytes >= 2**30 else "%.2f MiB" % (nbytes / 2**20)
 
 
 def _replace(partial: Path, final: Path) -> None:

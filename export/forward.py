@@ -39,15 +39,22 @@ def random_ids(dims: Dims) -> List[int]:
     return ids
 
 
-def text_ids(folder: Path, texts: List[str], dims: Dims) -> List[List[int]]:
-    """The texts through the export's own tokenizer. Raises RunFailed when it does not load or does not fit the model."""
+def load_tokenizer(folder: Path, what: str) -> Any:
+    """AutoTokenizer of a folder, tried once. Raises RunFailed when it does not load or work; ``what`` names the folder."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        rows = [list(tokenizer(text)["input_ids"]) for text in texts]
+        tokenizer(TEXTS[0])
     except Exception as error:  # the tokenizers library raises Exception itself
-        raise RunFailed("AutoTokenizer cannot use the export: %s" % _first_line(error)) from error
+        raise RunFailed("AutoTokenizer cannot use %s: %s" % (what, _first_line(error))) from error
+    return tokenizer
+
+
+def text_ids(folder: Path, texts: List[str], dims: Dims) -> List[List[int]]:
+    """The texts through the export's own tokenizer. Raises RunFailed when it does not load or does not fit the model."""
+    tokenizer = load_tokenizer(folder, "the export")
+    rows = [list(tokenizer(text)["input_ids"]) for text in texts]
     over = max((i for row in rows for i in row), default=0)
     if over >= dims.vocab:
         raise RunFailed("the tokenizer gives id %d, but the embedding has %d rows" % (over, dims.vocab))

@@ -14,6 +14,7 @@ PATTERNS = (
 )  # fmt: skip
 TEMPLATE_FOLDER = "additional_chat_templates"  # named templates, as transformers 4.5x writes them
 OLD_CLASSES = {"LLaMATokenizer": "LlamaTokenizer"}  # the first converter's name, which no released transformers knows
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -63,24 +64,37 @@ def finish(folder: Path, config: Dict[str, Any]) -> None:
     """
     write_json(folder / "config.json", config)
     if not (folder / "generation_config.json").exists():
-        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
-        write_json(folder / "generation_config.json", dict(ids, _from_model_config=True))
-    jinja, tokenizer = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if tokenizer.exists():
-        settings = read_json(tokenizer)
-        better = dict(settings)
-        if jinja.exists():
-            better["chat_template"] = jinja.read_text(encoding="utf-8")
-        if settings.get("tokenizer_class") in OLD_CLASSES:
-            better["tokenizer_class"] = OLD_CLASSES[settings["tokenizer_class"]]
-        if better != settings:
-            write_json(tokenizer, better)
+        write_json(folder / "generation_config.json", generation_config(folder, config))
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.exists() and tokenizer_settings(folder) != read_json(tokenizer):
+        write_json(tokenizer, tokenizer_settings(folder))
+
+
+def generation_config(folder: Path, config: Dict[str, Any]) -> Dict[str, Any]:
+    """A folder's own generation config, or the one made from config.json where there is none."""
+    path = folder / "generation_config.json"
+    if path.exists():
+        return read_json(path)
+    ids = {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
+    return dict(ids, _from_model_config=True)
+
+
+def tokenizer_settings(folder: Path) -> Dict[str, Any]:
+    """tokenizer_config.json as an export of this folder has it: the template that counts, a class that exists."""
+    settings = read_json(folder / "tokenizer_config.json")
+    jinja = folder / "chat_template.jinja"
+    if jinja.exists():
+        settings["chat_template"] = jinja.read_text(encoding="utf-8")
+    name = settings.get("tokenizer_class")
+    if isinstance(name, str) and name in OLD_CLASSES:
+        settings["tokenizer_class"] = OLD_CLASSES[name]
+    return settings
 
 
 def read_json(path: Path) -> Dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError("%s: cannot be read: %s" % (path, error)) from None
     if not isinstance(document, dict):
         raise UserError("%s: expected a JSON object" % path)

@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 
+from pipeline_train import manifest
 from pipeline_train.errors import RunFailed, UserError
 from pipeline_train.weights import Source, open_source
 from pipeline_train.weights.files import NAMES, TORCH_DTYPES
@@ -40,6 +41,8 @@ def to_hf(
     limit = parse_size(shard_size)
     source = open_source(input)
     source.check()
+    if source.manifest is not None:
+        manifest.check_hashes(source.folder, source.manifest, optimizer=False)
     source.check_tied()
     items = export_items(source, dtype)
     main, _ = main_dtype(items)

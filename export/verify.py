@@ -5,22 +5,22 @@ Every step that can still be taken after a failure is taken: proof.json tells th
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from pipeline_train import manifest
 from pipeline_train.errors import RunFailed, UserError
-from pipeline_train.weights import Source, open_source, same_bits
+from pipeline_train.weights import Source, find_folder, open_source, same_bits
 
-from . import naming, sidecars
+from . import beside, naming, sidecars
 from .from_hf import SHORT, main_dtype, versions
 from .measure import Meter, Progress, peak_gib
 from .shards import Item
 from .to_hf import cast, step_of
 
 PROOF = "proof.json"
-SAME_BYTES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
 def verify(
@@ -39,12 +39,14 @@ def verify(
     """
     start = time.perf_counter()
     folder = Path(export)
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(str(folder / "config.json")):
         raise UserError("%s: no config.json there; name the folder that `pipedock to-hf` wrote" % export)
     if not 0 < tolerance < 1:
         raise UserError("--tolerance %s: expected a number between 0 and 1, such as 1e-5" % tolerance)
     source = open_source(checkpoint)
     source.check()
+    if source.manifest is not None:
+        manifest.check_hashes(source.folder, source.manifest, optimizer=False)
     if folder.resolve() == source.folder.resolve():
         raise UserError("%s: is the checkpoint itself; nothing would be proved" % export)
     if manifest.is_layer_folder(folder):
@@ -56,6 +58,7 @@ def verify(
         "export": str(export),
         "kind": source.kind,
         "step": step_of(source),
+        "manifest": _manifest_hash(source.folder) if source.manifest is not None else None,
         "family": source.family.name,
         "tied": source.dims.tied,
         "tolerance": tolerance,
@@ -74,12 +77,19 @@ def verify(
 
 
 def proved(export: str, checkpoint: str, step: int) -> bool:
-    """Whether ``export`` carries a proof that holds for this step of this run or checkpoint."""
+    """Whether ``export`` carries a proof that holds for this step of this run or checkpoint.
+
+    That is: made from the very checkpoint that is there now, with every file of the export as it was then, and no weights added.
+    """
+    folder = Path(export)
     try:
-        proof = json.loads((Path(export) / PROOF).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        proof = json.loads((folder / PROOF).read_text(encoding="utf-8"))
+        files, said = proof["files"], (proof["holds"], proof["step"], proof["manifest"])
+        if said != (True, step, _manifest_hash(find_folder(checkpoint))) or not files or beside.weight_files(folder) - set(files):
+            return False
+        return all(entry == manifest.file_entry(folder / name) for name, entry in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
-    return isinstance(proof, dict) and (proof.get("holds"), proof.get("checkpoint"), proof.get("step")) == (True, checkpoint, step)
 
 
 def _prove(source: Source, folder: Path, prompts: Optional[List[str]], tolerance: float, progress: Optional[Progress],
@@ -91,13 +101,20 @@ def _prove(source: Source, folder: Path, prompts: Optional[List[str]], tolerance
         target.check()
     except UserError as error:
         return [str(error)]
-    failures += _config(source, target, proof) + _beside(source, folder)
+    failures += _config(source, target, proof) + beside.strays(target)
+    steps: List[Callable[[], List[str]]] = [
+        lambda: beside.identity(source, target),
+        lambda: beside.files(source, folder),
+        lambda: beside.tokenization(source.folder, folder, prompts),
+    ]
     if _shapes(source, target):
+        steps.append(lambda: _tensors(source, target, progress, proof))
+        steps.append(lambda: _arithmetic(source, target, prompts, tolerance, proof))
+    for step in steps:
         try:
-            failures += _tensors(source, target, progress, proof)
-            failures += _arithmetic(source, target, prompts, tolerance, proof)
+            failures += step()
         except (RunFailed, UserError) as error:
-            failures.append(str(error))
+            failures += [str(error)] if str(error) not in failures else []
     return failures
 
 
@@ -122,17 +139,6 @@ def _config(source: Source, target: Source, proof: Dict[str, Any]) -> List[str]:
     proof["dtype"] = SHORT[held]
     if said != sidecars.TORCH_NAMES[held]:
         failures.append("config.json: torch_dtype is %s, the weights are %s" % (said, sidecars.TORCH_NAMES[held]))
-    return failures
-
-
-def _beside(source: Source, folder: Path) -> List[str]:
-    """Tokenizer, template and generation config came along; the vocabulary byte for byte."""
-    present = sidecars.names(folder)
-    failures = ["%s: missing in the export" % name for name in sidecars.names(source.folder) if name not in present]
-    for name in SAME_BYTES:
-        pair = [f / name for f in (source.folder, folder)]
-        if name in present and name in sidecars.names(source.folder) and pair[0].read_bytes() != pair[1].read_bytes():
-            failures.append("%s: differs from the checkpoint's" % name)
     return failures
 
 
@@ -204,6 +210,10 @@ def _files(folder: Path) -> Dict[str, Any]:
     """Size and sha256 of every file of the export but the proof itself."""
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / PROOF]
     return {p.relative_to(folder).as_posix(): manifest.file_entry(p) for p in paths}
+
+
+def _manifest_hash(folder: Path) -> str:
+    return str(manifest.file_entry(folder / manifest.NAME)["sha256"])
 
 
 def _versions() -> Dict[str, str]:

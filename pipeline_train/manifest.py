@@ -87,13 +87,16 @@ def read(folder: PathLike) -> Dict[str, Any]:
     return document
 
 
-def check_hashes(folder: PathLike, document: Optional[Dict[str, Any]] = None) -> None:
-    """Read every file that the manifest lists and compare its sha256; ``document``: the manifest, if it was read already.
+def check_hashes(folder: PathLike, document: Optional[Dict[str, Any]] = None, optimizer: bool = True) -> None:
+    """Read every file that the manifest lists and compare its sha256.
 
+    ``document``: the manifest, if it was read already; ``optimizer`` False leaves out what only a resumed run reads.
     Raises UserError, one line, naming the first file whose content is not what was written, and what ``read`` raises.
     """
     document = read(folder) if document is None else document
     for name, entry in sorted(document["files"].items()):
+        if name.startswith("optim_") and not optimizer:
+            continue
         path = Path(folder) / name
         try:
             found = file_entry(path)

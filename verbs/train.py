@@ -46,7 +46,8 @@ def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
     if loaded.export is not None:
         from export.aside import check_free
 
-        check_free(loaded.export.dir, overwrite=args.resume is not None)  # now, not after days of training
+        inputs = [path for path in (loaded.run.out, loaded.model.path, loaded.data.train, loaded.data.eval) if path is not None]
+        check_free(loaded.export.dir, overwrite=args.resume is not None, apart_from=inputs)  # now, not after days of training
     prepared = prepare(loaded, Path(args.config), args.resume, _say)
     out = str(prepared.out)
     if prepared.done >= prepared.total:

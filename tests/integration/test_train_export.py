@@ -30,6 +30,10 @@ def test_train_exports_and_proves(tmp_path, capfd, monkeypatch):
     assert main(command + ["--resume", "auto"]) == 2, "a folder that is no export of ours is never replaced"
     assert "is not an export of pipedock" in capfd.readouterr().err and (export / "thesis.txt").read_text() == "mine"
     (export / "thesis.txt").unlink()
+    for place, what in ((out, "is %s itself" % out), (tmp_path / "model" / "x", "lies inside"), (tmp_path, "holds ")):
+        assert main(command + ["--set", "export.dir=%s" % place]) == 2
+        error = capfd.readouterr().err
+        assert what in error and "name a folder of its own for the export" in error and not out.exists()
 
     assert main(command) == 0
     document = json.loads(capfd.readouterr().out)
@@ -40,6 +44,10 @@ def test_train_exports_and_proves(tmp_path, capfd, monkeypatch):
     assert main(command + ["--resume", "auto"]) == 0
     assert json.loads(capfd.readouterr().out)["finished"] is True
     assert (export / "proof.json").stat().st_mtime_ns == written, "a proved export of the same step is left alone"
+
+    (export / "model.safetensors").unlink()
+    assert main(command + ["--resume", "auto"]) == 0
+    assert (export / "model.safetensors").exists(), "an export that lost its weights is written again"
 
     (export / "proof.json").write_text("{}")
     assert main(command + ["--resume", "auto"]) == 0

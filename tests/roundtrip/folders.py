@@ -38,6 +38,13 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in document.items() if value is not None}))
 
 
+def write_tokenizer_core(folder: Path, change: Any) -> None:
+    """Rewrite tokenizer.json after ``change`` had its way with it."""
+    core = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    change(core)
+    (folder / "tokenizer.json").write_text(json.dumps(core, ensure_ascii=False), encoding="utf-8")
+
+
 def save_bin(folder: Path, state: Dict[str, torch.Tensor], shards: int = 1, **options: Any) -> None:
     """pytorch_model.bin, or that many shards and an index, as transformers 4 wrote them."""
     names = sorted(state)

@@ -120,8 +120,10 @@ def test_outputs_that_are_refused(tmp_path):
     assert enter(full) == "%s: exists and is not empty; name another --output or remove it" % full
     assert "is not an export of pipedock (no pipedock-export.json), so --overwrite leaves it alone" in enter(full, overwrite=True)
     assert "exists and is not a folder; name another --output" in enter(full / "thesis.tex")
-    assert "x: cannot be made: %s: File exists" % (full / "thesis.tex") in enter(full / "thesis.tex" / "x")
+    assert "x: cannot be made: %s is not a folder" % (full / "thesis.tex") in enter(full / "thesis.tex" / "x")
     assert "needs 1048576.00 GiB, only " in enter(tmp_path / "new", needed=2**50)
+    for name in (tmp_path / ("x" * 300), tmp_path / ("x" * 250), tmp_path / ("x" * 300) / "y"):
+        assert "cannot be made: its name is too long" in enter(name)
     assert (full / "thesis.tex").read_text() == "years of work" and os.listdir(str(tmp_path)) == ["full"]
 
 
