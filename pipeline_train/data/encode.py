@@ -77,6 +77,8 @@ class TextCodec:
         folder = Path(path)
         if not folder.is_dir() and (folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1):
             raise UserError("%s: no such model folder" % path)
+        if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            raise UserError("%s: no tokenizer there (tokenizer.json or tokenizer.model); copy the base model's" % path)
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except Exception as error:  # the Rust tokenizers library raises bare Exception

@@ -62,6 +62,7 @@ class Encoder:
         self.counts = {"truncated": 0, "dropped": 0, "continued": 0, "nothing_to_learn": 0}
         self.kinds: Dict[str, int] = {}
         self.too_long: List[str] = []
+        self.lost: List[str] = []  # records whose prompt alone fills seq_len
         self.hashes = {name: hashlib.sha256() for name in self.files}
 
     def __enter__(self) -> "Encoder":
@@ -97,7 +98,7 @@ class Encoder:
             self.offsets.append([start + cut, min(self.seq_len, positions - cut), line])
 
     def _add_answers(self, sequence: Sequence, record: Record) -> None:
-        positions = len(sequence.ids) - 1
+        positions = whole = len(sequence.ids) - 1
         if positions > self.seq_len:
             if self.over_long == "drop":
                 self.counts["dropped"] += 1
@@ -109,6 +110,8 @@ class Encoder:
             sequence = _cut(sequence, self.seq_len + 1)
         if not any(sequence.learn):
             self.counts["nothing_to_learn"] += 1
+            if whole > self.seq_len:
+                self.lost.append("%s (%d tokens)" % (record.where, whole))
             return
         self.offsets.append([self._keep(sequence), len(sequence.ids) - 1, record.line])
 
@@ -171,6 +174,12 @@ class Encoder:
         found = list(self.codec.notes)
         if tally.blank_inputs:
             found.append('%s: "input": "" counts as no input (%d records)' % (tally.path, tally.blank_inputs))
+        if self.lost:
+            more = ", and %d more" % (len(self.lost) - 5) if len(self.lost) > 5 else ""
+            found.append(
+                "%d records are lost: within data.seq_len (%d) there is no room for an answer: %s%s"
+                % (len(self.lost), self.seq_len, ", ".join(self.lost[:5]), more)
+            )
         if self.stops_inside:
             found.append(
                 "%s: %d learnt texts hold an end token of the model in their middle; it would learn to stop there"

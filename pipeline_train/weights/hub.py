@@ -40,7 +40,7 @@ def _snapshot(name: str, patterns: List[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=bool(constants.HF_HUB_OFFLINE)))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = re.split(r"\n|(?<=\w)\.? Please|\. ", str(error).strip())[0][:200]  # its first sentence
         raise UserError(
             "%s: no such folder here, and the hub did not give a model of that name (%s). "
             "Name a local folder, or download it first where there is a network." % (name, reason or type(error).__name__)

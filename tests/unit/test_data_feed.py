@@ -180,6 +180,8 @@ SHORT = {"type": "instruct", "instruct": "say", "output": "red"}
 def test_over_long_is_cut_without_a_fake_eos_and_counted(tmp_path, codec):
     statistics = encode(tmp_path, codec, [LONG, DEEP, SHORT], seq_len=128)
     assert (statistics["truncated"], statistics["nothing_to_learn"], statistics["samples"]) == (2, 1, 2)
+    lost = "1 records are lost: within data.seq_len (128) there is no room for an answer: %s:2 (" % (tmp_path / "d.jsonl")
+    assert any(line.startswith(lost) for line in statistics["warnings"]), statistics["warnings"]
     offsets = np.load(tmp_path / "data" / "train.offsets.npy")
     ids = np.load(tmp_path / "data" / "train.ids.npy")
     start, length, line = offsets[0].tolist()
