@@ -76,6 +76,9 @@ def test_yaml_and_json_mean_the_same():
 def test_what_cannot_come_along_is_listed():
     _, _, lost = migrate(change(aux_max_z_loss={"weight": 2e-4}, some_new_key=1))
     assert lost == ["aux_max_z_loss.weight", "some_new_key"]
+    arithmetic = {"communication_data_type": "fp16", "prescale_gradients": True, "gradient_predivide_factor": 2.0}
+    text, _, lost = migrate(change(**arithmetic))
+    assert lost == list(arithmetic) and not set(arithmetic) & set(yaml.safe_load(text)["deepspeed"])
 
 
 def test_absent_keys_keep_the_meaning_they_had_there():

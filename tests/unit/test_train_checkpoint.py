@@ -45,6 +45,7 @@ def test_broken_newer_ones_go_and_the_one_just_written_stays(tmp_path):
     make(tmp_path, "step_000004")
     for step in (8, 12, 16):
         make(tmp_path, "step_%06d" % step, whole=False)  # a resume from 4 passed them over
+    (make(tmp_path, "step_000020") / manifest.layer_file(0)).write_bytes(b"y")  # this one too: another hash, the same size
     checkpoint.prune(make(tmp_path, "step_000006"), 2)
     assert names(tmp_path) == ["step_000004", "step_000006"]
 
