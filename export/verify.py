@@ -66,30 +66,41 @@ def verify(
     failures = _prove(source, folder, prompts, tolerance, progress, proof)
     proof.update(holds=not failures, failures=failures, files=_files(folder), versions=_versions())
     proof.update(seconds=round(time.perf_counter() - start, 3), peak_gib=round(peak_gib(), 3))
+    other = _held(folder) if failures else None
+    if other is not None and other["manifest"] != proof["manifest"]:
+        # Asked about the wrong checkpoint, most likely: the proof against the right one stays.
+        raise RunFailed("%s: is not the model of %s: %s. It is the proved export of %s, and keeps that proof."
+                        % (export, checkpoint, failures[0], other["checkpoint"]), document=proof)  # fmt: skip
     try:
         (folder / PROOF).write_text(json.dumps(proof, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise RunFailed("%s: cannot be written: %s" % (folder / PROOF, error.strerror)) from None
     if failures:
-        more = " (and %d more, see %s)" % (len(failures) - 1, folder / PROOF) if len(failures) > 1 else ""
-        raise RunFailed("%s: is not the checkpoint's model: %s%s" % (export, failures[0], more))
+        more = "; %d more kinds of difference in %s" % (len(failures) - 1, folder / PROOF) if len(failures) > 1 else ""
+        raise RunFailed("%s: is not the checkpoint's model: %s%s" % (export, failures[0], more), document=proof)
     return proof
 
 
 def proved(export: str, checkpoint: str, step: int) -> bool:
-    """Whether ``export`` carries a proof that holds for this step of this run or checkpoint.
+    """Whether ``export`` carries a proof that holds for this step of this run or checkpoint: made from the very checkpoint that is
+    there now, with every file of the export as it was then, and no weights added."""
+    proof = _held(Path(export))
+    try:
+        return proof is not None and (proof["step"], proof["manifest"]) == (step, _manifest_hash(find_folder(checkpoint)))
+    except (OSError, UserError):
+        return False
 
-    That is: made from the very checkpoint that is there now, with every file of the export as it was then, and no weights added.
-    """
-    folder = Path(export)
+
+def _held(folder: Path) -> Optional[Dict[str, Any]]:
+    """The proof of an export if it held and the export's files are still those it was made of."""
     try:
         proof = json.loads((folder / PROOF).read_text(encoding="utf-8"))
-        files, said = proof["files"], (proof["holds"], proof["step"], proof["manifest"])
-        if said != (True, step, _manifest_hash(find_folder(checkpoint))) or not files or beside.weight_files(folder) - set(files):
-            return False
-        return all(entry == manifest.file_entry(folder / name) for name, entry in files.items())
+        files = proof["files"]
+        same = files and all(entry == manifest.file_entry(folder / name) for name, entry in files.items())
+        whole = same and not beside.weight_files(folder) - set(files)
+        return proof if whole and proof["holds"] is True and {"step", "manifest", "checkpoint"} <= set(proof) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
+        return None
 
 
 def _prove(source: Source, folder: Path, prompts: Optional[List[str]], tolerance: float, progress: Optional[Progress],

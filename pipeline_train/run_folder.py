@@ -20,6 +20,7 @@ from .families import Dims
 Say = Callable[[str], None]  # takes a line for the user
 
 _locks: Dict[str, IO[str]] = {}  # open until this process ends: closing the file gives the lock up
+OURS = {".lock", "metrics.jsonl", "resolved", "checkpoints"}  # any of these makes a folder a run's
 STEP = re.compile(r"step_[0-9]+")
 FRESH = "Start it with --resume auto, or give run.out another folder."
 
@@ -29,6 +30,10 @@ def take(out: Path, where: str, say: Say) -> None:
 
     Raises UserError for a folder that cannot be made or that another train is using."""
     try:
+        names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+        if names and not names & OURS:
+            raise UserError("%s: run.out: %s: holds other files (%s); give the run a folder of its own"
+                            % (where, out, ", ".join(sorted(names)[:3])))  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
         before = _locks.pop(str(out.resolve()), None)
         if before is not None:

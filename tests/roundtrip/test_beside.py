@@ -1,5 +1,6 @@
 """Everything of an export but its weights is the checkpoint's, or it is refused; so is a checkpoint that changed on disk."""
 
+import json
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from export.from_hf import from_hf
 from export.to_hf import to_hf
 from export.verify import proved, verify
-from pipeline_train.errors import UserError
+from pipeline_train.errors import RunFailed, UserError
 from tests.models import make_hf, tiny_config
 from tests.roundtrip.folders import edit_json, failing, make_checkpoint, seal, write_tokenizer_core
 from tests.tokenizers import tiny_tokenizer
@@ -191,6 +192,23 @@ def test_what_is_not_proved_any_more(change, pair):
     assert proved(str(export), str(checkpoint), 7) and not proved(str(export), str(checkpoint), 8)
     UNPROVED[change](checkpoint, export)
     assert not proved(str(export), str(checkpoint), 7)
+
+
+def test_asking_about_another_checkpoint_keeps_the_proof(pair, tmp_path):
+    checkpoint, export = pair("llama")
+    verify(str(checkpoint), str(export))
+    before = (export / "proof.json").read_bytes()
+    other = tmp_path / "other"
+    make_checkpoint(other, tiny_config("llama", vocab_size=520), seed=1)
+    with pytest.raises(RunFailed) as error:
+        verify(str(other), str(export))
+    assert "is not the model of %s: " % other in str(error.value)
+    assert str(error.value).endswith("It is the proved export of %s, and keeps that proof." % checkpoint)
+    assert (export / "proof.json").read_bytes() == before and error.value.document["holds"] is False
+    flip(export / "model.safetensors")
+    with pytest.raises(RunFailed, match="is not the checkpoint's model"):
+        verify(str(other), str(export))
+    assert json.loads((export / "proof.json").read_text())["holds"] is False
 
 
 def test_names_that_are_too_long(pair):

@@ -229,6 +229,14 @@ def test_a_used_folder_needs_resume_and_resume_needs_a_checkpoint(start):
         assert (start(mode).resume, start(mode).done) == (folder, 4)
 
 
+def test_a_folder_of_other_files_is_not_made_a_run(start):
+    start.out.mkdir()
+    (start.out / "mine.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"run.out: .*: holds other files \(mine.jsonl\); give the run a folder of its own"):
+        start("auto")
+    assert [path.name for path in start.out.iterdir()] == ["mine.jsonl"]
+
+
 def test_a_save_that_was_cut_short_is_cleared_away(start):
     start()
     left = start.out / "checkpoints" / ".tmp-step_000008"
