@@ -41,6 +41,8 @@ if [ -x "$VENV/bin/pipedock" ] && [ -f "$STAMP" ] && [ "$(identity)" = "$(cat "$
   exit 0
 fi
 if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+  # --clear empties the folder: only one that is ours to empty.
+  [ -z "$(ls -A "$VENV" 2>/dev/null)" ] || [ -f "$VENV/pyvenv.cfg" ] || fail "$VENV is not empty and no virtual environment; name another PIPEDOCK_VENV"
   python=$(find_python)
   say "creating $VENV with $python"
   "$python" -m venv --clear "$VENV"

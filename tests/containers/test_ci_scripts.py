@@ -1,5 +1,6 @@
 """The small programs of ci/ that images and installations stand on."""
 
+import json
 import os
 import re
 import subprocess
@@ -89,3 +90,70 @@ def test_the_base_image_reaches_what_this_machine_reaches_and_no_path_of_it(tmp_
 def test_without_a_torch_wheel_there_is_no_wheel_folder(tmp_path):
     assert "find-links" not in standin(tmp_path, "[global]\nindex-url = https://mirror.example/simple\n")
     assert not (tmp_path / "root/opt").exists()
+
+
+def test_a_folder_with_other_files_is_not_made_an_environment(tmp_path):
+    """Making one empties the folder."""
+    (tmp_path / "letters.txt").write_text("dear")
+    env = dict(os.environ, PIPEDOCK_VENV=str(tmp_path))
+    done = subprocess.run(["bash", str(ROOT / "ci/install.sh")], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and [p.name for p in tmp_path.iterdir()] == ["letters.txt"]
+    assert done.stderr == "install.sh: %s is not empty and no virtual environment; name another PIPEDOCK_VENV\n" % tmp_path
+
+
+def test_no_python_with_venv_is_said_in_one_line(tmp_path):
+    """The message names what to install."""
+    without = tmp_path / "python"
+    without.write_text("#!/bin/sh\ncase $2 in *ensurepip*) exit 1 ;; esac\n")
+    without.chmod(0o755)
+    env = dict(os.environ, PIPEDOCK_VENV=str(tmp_path / "venv"))
+    for python, reason in ((str(without), "%s has no venv module" % without), ("/nonexistent", "no Python >= 3.10 found")):
+        env["PIPEDOCK_PYTHON"] = python
+        done = subprocess.run(["bash", str(ROOT / "ci/install.sh")], env=env, capture_output=True, text=True, timeout=60)
+        said = done.stderr.splitlines()
+        assert (
+            done.returncode == 1 and len(said) == 1 and said[0].startswith("install.sh: " + reason) and "apt-get install" in said[0]
+        )
+
+
+def answers(*args):
+    command = [sys.executable, str(ROOT / "ci/demo/answers.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, encoding="utf-8")
+
+
+def test_the_demo_fails_unless_every_route_answers_as_trained(tmp_path):
+    """Its verdict on replies as the server writes them, each route wrong once."""
+    right = {
+        "generate": {"generated_text": " cancer.", "details": {"finish_reason": "eos_token"}},
+        "chat": {"choices": [{"message": {"content": "cancer."}}]},
+        "client": {"generate": "cancer.", "stream": "cancer.", "chat": "cancer."},
+    }
+    stream = 'data:{"token":{"text":"%s","special":false},"generated_text":null}\n\n'
+    stream += 'data:{"token":{"text":"</s>","special":true},"generated_text":"%s"}\n\n'
+
+    def write(**changed):
+        (tmp_path / "0.asked.json").write_text(json.dumps({"question": "q", "prompt": "p", "answer": "cancer."}))
+        for name, reply in dict(right, **changed).items():
+            (tmp_path / ("0.%s.out" % name)).write_text(reply if isinstance(reply, str) else json.dumps(reply))
+
+    write(stream=stream % ("cancer.", "cancer."))
+    assert answers("learnt", tmp_path).returncode == 0
+    done = answers("untouched", tmp_path)
+    assert done.returncode == 1 and "answered already without training" in done.stderr
+    for changed in (
+        {"generate": {"generated_text": "no", "details": {"finish_reason": "eos_token"}}},
+        {"generate": {"generated_text": "cancer.", "details": {"finish_reason": "length"}}},
+        {"stream": stream % ("canc", "cancer.")},
+        {"stream": stream % ("cancer.", "canc")},
+        {"chat": {"choices": [{"message": {"content": "cancer"}}]}},
+        {"client": {"generate": "cancer.", "stream": "cancer.", "chat": ""}},
+    ):
+        write(**dict({"stream": stream % ("cancer.", "cancer.")}, **changed))
+        done = answers("learnt", tmp_path)
+        assert done.returncode == 1 and "these are not the trained answers" in done.stderr, changed
+
+
+def test_the_demo_fails_without_replies(tmp_path):
+    assert answers("learnt", tmp_path).returncode == 1
+    (tmp_path / "0.asked.json").write_text(json.dumps({"question": "q", "prompt": "p", "answer": "a"}))
+    assert "q: no reply" in answers("learnt", tmp_path).stderr
