@@ -87,12 +87,17 @@ def drift_and_settle(pipe):
 
 
 def main():
+    import torch.distributed
+
     from pipeline_train import engine
+    from pipeline_train.worker import leave
 
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     engine.connect(False, rank)
     for case in json.loads((folder / "cases.json").read_text()):
         run_case(case, folder, rank)
+    torch.distributed.barrier()
+    leave()
 
 
 if __name__ == "__main__":
