@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.free_port import free_port
 from tests.integration.pipeline_rank import make_rows
 from tests.models import make_hf, tiny_config
 
-torch = pytest.importorskip("torch")
 RANK = Path(__file__).with_name("pipeline_rank.py")
 STEPS, WIDTH, CLIP = 20, 24, 0.5
 

@@ -13,12 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("deepspeed")
-from pipeline_train import manifest, metrics  # noqa: E402
-from tests.models import make_hf, tiny_config  # noqa: E402
-from tests.tokenizers import tiny_tokenizer  # noqa: E402
+from pipeline_train import manifest, metrics
+from tests.models import make_hf, tiny_config
+from tests.tokenizers import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = "import sys; sys.path.insert(0, %r); import pipedock; sys.exit(pipedock.main())" % str(ROOT)
