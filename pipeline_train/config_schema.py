@@ -14,6 +14,7 @@ class Run(Section):
     out: str
     name: str = ""
     seed: int = 42
+    self_test: bool = True  # once per new environment, before step 1
 
 
 class Model(Section):

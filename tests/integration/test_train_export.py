@@ -17,7 +17,7 @@ def test_train_exports_and_proves(tmp_path, capfd, monkeypatch):
     (tmp_path / "train.jsonl").write_text(json.dumps({"type": "pretrain", "text": "a small text " * 30}) + "\n")
     out, export, path = tmp_path / "out", tmp_path / "export", tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({
-        "run": {"out": str(out)}, "model": {"path": str(tmp_path / "model")},
+        "run": {"out": str(out), "self_test": False}, "model": {"path": str(tmp_path / "model")},
         "data": {"train": str(tmp_path / "train.jsonl"), "seq_len": 32}, "parallel": {"pipe": 1},
         "batch": {"global": 2}, "train": {"max_steps": 2}, "export": {"dir": str(export)},
     }))  # fmt: skip

@@ -24,7 +24,7 @@ CODE = "import sys; sys.path.insert(0, %r); import pipedock; sys.exit(pipedock.m
 
 
 def command(*arguments):
-    return [sys.executable, "-c", CODE, "train"] + list(arguments)
+    return [sys.executable, "-c", CODE, "train", "--set", "run.self_test=false"] + list(arguments)
 
 
 def train(root, *arguments):
