@@ -5,6 +5,7 @@ pinned   DeepSpeed 0.9.2,  torch 1.13.1, Python 3.8
 """
 
 import glob
+import importlib.util
 import inspect
 import json
 import os
@@ -69,6 +70,20 @@ def check_dtype(version: Optional[str], dtype: str) -> None:
     """bf16 pipelines crash at the first gradient reduction in releases before 0.9.3 (DeepSpeed #3441). Raises UserError."""
     if dtype == "bf16" and version is not None and release(version) < (0, 9, 3):
         raise UserError("model.dtype: bf16 does not work in deepspeed %s (fixed in 0.9.3); use fp16, fp32 or deepspeed %s"
+                        % (version, TESTED[-1]))  # fmt: skip
+
+
+def has_cpu_accelerator(version: Optional[str]) -> bool:
+    """DeepSpeed trains on CPUs since 0.10; before, only with somebody's accelerator under the one name that it looks for."""
+    if version is None or release(version) >= (0, 10, 0):
+        return True
+    return importlib.util.find_spec("intel_extension_for_deepspeed") is not None
+
+
+def check_cpu(version: Optional[str]) -> None:
+    """Refuse to train without a GPU where DeepSpeed cannot. Raises UserError."""
+    if not has_cpu_accelerator(version):
+        raise UserError("deepspeed %s trains on GPUs only, and none is here; on CPUs use deepspeed %s (Python >= 3.10)"
                         % (version, TESTED[-1]))  # fmt: skip
 
 

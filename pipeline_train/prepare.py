@@ -76,6 +76,8 @@ def _resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str,
             "%s: parallel: pipe %d x data %d needs %d GPUs, this machine has %d. Lower them, or set DS_ACCELERATOR=cpu."
             % (where, run.parallel.pipe, run.parallel.data, run.world, gpus.number)
         )
+    if not gpus.number:
+        compat.check_cpu(found["deepspeed"])
     if run.model.dtype == "auto":
         run.model.dtype = "fp32" if not gpus.number else "bf16" if gpus.bf16 else "fp16"
         if run.model.dtype == "bf16" and compat.release(found["deepspeed"] or "") < (0, 9, 3):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pipeline_train import compat
+from pipeline_train import compat, config, prepare
 from pipeline_train.errors import RunFailed, UserError
 
 
@@ -39,6 +39,27 @@ def test_bf16_is_refused_before_0_9_3():
         compat.check_dtype("0.9.2", "bf16")
     compat.check_dtype("0.9.2", "fp16")
     compat.check_dtype("0.19.8", "bf16")
+
+
+def test_a_deepspeed_without_cpus_is_refused_where_no_gpu_is(monkeypatch):
+    monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"deepspeed 0.9.2 trains on GPUs only, and none is here; on CPUs use deepspeed 0.19.8"):
+        compat.check_cpu("0.9.2")
+    compat.check_cpu("0.19.8")
+    compat.check_cpu(None)  # said by check_deepspeed
+    monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: name == "intel_extension_for_deepspeed")
+    compat.check_cpu("0.9.2")
+
+
+def test_training_asks_for_cpu_support_when_there_is_no_gpu(monkeypatch):
+    run = config.parse({"run": {"out": "o"}, "model": {"path": "m"}, "data": {"train": "t"}, "parallel": {"pipe": 1}})
+    monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(UserError, match="trains on GPUs only"):
+        prepare._resolve_device(run, {"deepspeed": "0.9.2"}, "run.yaml", print)
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(compat, "gpus", lambda: compat.Gpus(1, "Tesla V100", False))
+    assert prepare._resolve_device(run, {"deepspeed": "0.9.2"}, "run.yaml", print) == 1 and run.model.dtype == "fp16"
 
 
 def test_untested_releases_get_a_note():

@@ -1,0 +1,13 @@
+"""What every test gets: on DeepSpeed 0.9.2, which knows no CPU, an accelerator of our own for this process and all it starts."""
+
+import os
+import sys
+from pathlib import Path
+
+from pipeline_train import compat
+
+FOLDER = str(Path(__file__).with_name("cpu_accelerator"))
+
+if not compat.has_cpu_accelerator(compat.versions()["deepspeed"]):
+    sys.path.insert(0, FOLDER)
+    os.environ["PYTHONPATH"] = os.pathsep.join([FOLDER] + os.environ.get("PYTHONPATH", "").split(os.pathsep)).rstrip(os.pathsep)
