@@ -85,6 +85,8 @@ def _check(config: RunConfig, where: str) -> None:
             raise UserError("%s: %s: %d is more than any run has (at most %d)" % (where, key, value, MOST))
     if not 0 <= config.run.seed <= MOST:
         raise UserError("%s: run.seed: must be between 0 and %d, got %d" % (where, MOST, config.run.seed))
+    if isinstance(config.run.wandb, str) and not config.run.wandb.strip():
+        raise UserError("%s: run.wandb: is empty; give true or the name of a W&B project, or remove the key" % where)
     if config.world > MOST_PROCESSES:
         raise UserError(
             "%s: parallel: pipe %d x data %d is %d processes, at most %d"

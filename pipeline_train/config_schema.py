@@ -15,6 +15,7 @@ class Run(Section):
     name: str = ""
     seed: int = 42
     self_test: bool = True  # once per new environment, before step 1
+    wandb: Union[bool, str] = False  # true, or the project's name
 
 
 class Model(Section):

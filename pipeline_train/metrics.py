@@ -1,17 +1,24 @@
 """<out>/metrics.jsonl: one JSON object per line, append-only. Standard library only.
 
-kind "start"  step (done so far), total_steps           a run or a resume begins here; later lines win over earlier ones
+kind "start"  step (done so far), total_steps           a run or a resume begins here: what earlier lines say of later steps is void
 kind "step"   step (1 = the first), loss (mean over the steps since the last line), grad_norm (before clipping), lr,
-              tokens and learnt_tokens and samples (of the steps since the last line), tokens_per_s, step_s,
-              mem_gib (per stage: peak so far of its largest rank), mfu (null on CPU), epoch
-kind "eval"   step, loss, tokens                        kind "save"  step, path, seconds
+              tokens and learnt_tokens and samples (of the steps since the last line), tokens_per_s, learnt_tokens_per_s, step_s,
+              mem_gib (per stage: peak so far of its largest rank), mfu (null on CPU), epoch,
+              stage_s (per stage: seconds of a step its slowest replica computed), bubble (1 - mean(stage_s) / step_s),
+              with fp16: loss_scale, skipped (steps since the last line)
+kind "eval"   step, loss, tokens
+kind "save"   step, path, seconds, stall_s (the training stood still), asynchronous
+
+This file is the truth; ``sinks`` show the same lines elsewhere.
 """
 
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
+
+from .errors import RunFailed
 
 # Dense half-precision peak of one device, FLOP/s, by a part of its name (the vendors' data sheets, no sparsity).
 PEAK_FLOPS = (
@@ -26,23 +33,33 @@ def peak_flops(device_name: str) -> float:
 
 
 class Metrics:
-    """Appends lines. Opening repairs a torn tail: a line that was being written when the machine died is cut off."""
+    """Appends lines, and hands each on to ``sinks`` (``write(line)``, ``close()``). Opening repairs a torn tail: a line that was
+    being written when the machine died is cut off."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sinks: Sequence[Any] = ()) -> None:
         if path.exists():
             repair(path)
         self.file = open(str(path), "a", encoding="utf-8")
+        self.sinks = sinks
 
     def write(self, kind: str, **fields: Any) -> None:
+        """Raises RunFailed, one line, when the file cannot be written."""
         line = dict(fields, kind=kind)
         for key, value in line.items():
             if isinstance(value, float) and not math.isfinite(value):
                 line[key] = None  # JSON has no NaN
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise RunFailed("%s: cannot be written: %s" % (self.file.name, error.strerror)) from None
+        for sink in self.sinks:
+            sink.write(line)
 
     def close(self) -> None:
         self.file.close()
+        for sink in self.sinks:
+            sink.close()
 
 
 def repair(path: Path) -> None:

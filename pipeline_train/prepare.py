@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, Optional
 
-from . import compat, config, deepspeed_keys, families, manifest, plan, run_folder, weights
+from . import compat, config, deepspeed_keys, families, manifest, plan, run_folder, sinks, weights
 from .config_schema import RunConfig
 from .data import feed, template
 from .data.encode import TextCodec
@@ -42,7 +42,8 @@ def prepare(run: RunConfig, source: Path, resume: Optional[str], say: Say) -> Pr
     compat.check_deepspeed(found["deepspeed"])
     for note in compat.notes(found):
         say(note)
-    gpus = _resolve_device(run, found, source.name, say)
+    sinks.check(run, source.name)
+    gpus = resolve_device(run, found, source.name, say)
     out = Path(run.run.out)
     run_folder.take(out, source.name, say)
     checkpoint = run_folder.find(out, resume, say)
@@ -68,7 +69,7 @@ def prepare(run: RunConfig, source: Path, resume: Optional[str], say: Say) -> Pr
     return Prepared(run, out, dims, gpus, total, checkpoint, 0 if document is None else int(document["step"]))
 
 
-def _resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str, say: Say) -> int:
+def resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str, say: Say) -> int:
     """dtype by what the device can do; -> GPUs (0: train on the CPU)."""
     gpus = compat.Gpus(0, "", False) if os.environ.get("DS_ACCELERATOR") == "cpu" else compat.gpus()
     if gpus.number and run.world > gpus.number:

@@ -71,8 +71,8 @@ def train(out: Path, total: int, resume: Any) -> Dict[str, Any]:
     from . import checkpoint, config, engine, families
     from .data.feed import Feed
     from .loop import Loop
-    from .metrics import Metrics
     from .plan import bounds
+    from .sinks import open_metrics
 
     run = config.load(out / "resolved" / "run.yaml")
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
@@ -97,9 +97,13 @@ def train(out: Path, total: int, resume: Any) -> Dict[str, Any]:
         checkpoint.start(pipe)
     else:
         done = checkpoint.load(pipe, resume)
-    metrics = Metrics(out / "metrics.jsonl") if rank == 0 else None
+    metrics = open_metrics(run, out, done, report) if rank == 0 else None
     loop = Loop(pipe, out, feed, eval_feed, total, facts, metrics, report if rank == 0 else None)
-    summary = loop.run(done)
+    try:
+        summary = loop.run(done)
+    finally:
+        if metrics is not None:
+            metrics.close()
     torch.distributed.barrier()  # nobody leaves while another one still needs it
     return summary
 

@@ -1,10 +1,10 @@
-"""``pipedock train``: pipeline training from a run.yaml, with a live progress line."""
+"""``pipedock train``: pipeline training from a run.yaml."""
 
 import argparse
-import sys
-import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional
+
+from .progress import Progress, say
 
 HELP = "fine-tune all weights (or train from scratch) with pipeline parallelism"
 
@@ -48,27 +48,27 @@ def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
 
         inputs = [path for path in (loaded.run.out, loaded.model.path, loaded.data.train, loaded.data.eval) if path is not None]
         check_free(loaded.export.dir, overwrite=args.resume is not None, apart_from=inputs)  # now, not after days of training
-    prepared = prepare(loaded, Path(args.config), args.resume, _say)
+    prepared = prepare(loaded, Path(args.config), args.resume, say)
     out = str(prepared.out)
     if prepared.done >= prepared.total:
-        _say("%s: finished already, at step %d of %d" % (out, prepared.done, prepared.total))
+        say("%s: finished already, at step %d of %d" % (out, prepared.done, prepared.total))
         done = {"out": out, "steps": prepared.done, "checkpoint": str(prepared.resume), "finished": True}
         return dict(done, loss_first=None, loss_last=None, seconds=0.0, tokens=0, peak_gib=[], **_export(prepared, trained=False))
     parallel = prepared.config.parallel
-    _say("%s: steps %d to %d, %d stages x %d replicas, layers per stage %s, %s on %s" % (
+    say("%s: steps %d to %d, %d stages x %d replicas, layers per stage %s, %s on %s" % (
         out, prepared.done + 1, prepared.total, parallel.pipe, parallel.data, parallel.parts, prepared.config.model.dtype,
         "%d GPUs" % (parallel.pipe * parallel.data) if prepared.gpus else "CPU",
     ))  # fmt: skip
-    progress = Progress(prepared.total)
+    progress = Progress(prepared.total, prepared.config.run.name, parallel.pipe, prepared.config.micro_batches)
     try:
         summary = launch(prepared, progress.show)
     except (RunFailed, KeyboardInterrupt):
         progress.close()
-        _say(kept(prepared.out))
+        say(kept(prepared.out))
         raise
     finally:
         progress.close()
-    _say("peak memory per stage: %s GiB" % ", ".join("%.2f" % gib for gib in summary["peak_gib"]))
+    say("peak memory per stage: %s GiB" % ", ".join("%.2f" % gib for gib in summary["peak_gib"]))
     return dict(summary, out=out, **_export(prepared, trained=True))
 
 
@@ -116,48 +116,3 @@ def text(document: Dict[str, Any]) -> str:
     if "export" in document:
         lines.append("exported to %(export)s and proved" % document)
     return "\n".join(lines)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-class Progress:
-    """The live line: step, loss, tokens/s, time left. A bar on a terminal, now and then a plain line elsewhere."""
-
-    EVERY_S = 5.0  # between two plain lines
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.recent: List[Tuple[float, int]] = []
-        self.last = 0.0
-        self.bar: Any = self._bar() if sys.stderr.isatty() else None
-
-    def _bar(self) -> Any:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-        from rich.progress import Progress as Bar
-
-        bar = Bar(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"), console=Console(stderr=True)
-        )
-        self.task = bar.add_task("train", total=self.total, line="starting")
-        bar.start()
-        return bar
-
-    def show(self, message: Dict[str, Any]) -> None:
-        now = time.monotonic()
-        self.recent = (self.recent + [(now, message["tokens"])])[-21:]
-        seconds = now - self.recent[0][0]
-        speed = "%.0f tokens/s  " % (sum(t for _, t in self.recent[1:]) / seconds) if seconds > 0 else ""
-        left = int(message["eta_s"] + 0.5)
-        line = "loss %.4f  %seta %d:%02d:%02d" % (message["loss"], speed, left // 3600, left // 60 % 60, left % 60)
-        if self.bar is not None:
-            self.bar.update(self.task, completed=message["step"], line=line)
-        elif now - self.last >= self.EVERY_S or message["step"] == self.total:
-            self.last = now
-            _say("step %d/%d  %s" % (message["step"], self.total, line))
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()

@@ -18,10 +18,10 @@ ROWS = [
     {"compat"},
     {"models", "data", "plan"},
     {"stages", "weights"},
-    {"engine", "checkpoint", "metrics"},
+    {"engine", "checkpoint", "metrics", "sinks"},
     {"loop", "worker"},
     {"prepare"},
-    {"launch"},
+    {"launch", "report"},
 ]
 EXPORT_MAY = {"errors", "families", "manifest", "config", "models", "weights", "data.template"}
 SERVE_MAY = {"errors", "families", "manifest", "config", "data.template"}
