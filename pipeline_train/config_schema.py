@@ -14,6 +14,7 @@ class Run(Section):
     out: str
     name: str = ""
     seed: int = 42
+    hang_s: int = 40  # a rank without a sign of life for so long ends the run
     self_test: bool = True  # once per new environment, before step 1
     wandb: Union[bool, str] = False  # true, or the project's name
 
@@ -53,6 +54,7 @@ class LossScale(Section):
     window: int = 1000
     hysteresis: int = 2
     min: float = 1.0
+    max_overflows: int = 30  # in a row, then the run ends
 
 
 class Optim(Section):
@@ -74,6 +76,7 @@ class Train(Section):
     save_every: Optional[int] = None  # None: at the end only
     eval_every: Optional[int] = None  # None: at the end only
     keep: int = 3
+    async_save: bool = True  # write checkpoints behind the next steps, where the host's memory holds a copy of them
     log_every: int = 1
 
 

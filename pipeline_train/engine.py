@@ -9,6 +9,8 @@ import torch
 from . import compat
 from .config_schema import Optim, RunConfig
 from .families.base import Dims
+from .instructions import Watched
+from .pulse import Pulse
 from .stages import Stage, parameter_groups, topology_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -102,11 +104,15 @@ def build_optimizer(groups: List[Dict[str, Any]], optim: Optim, cuda: bool) -> t
 
 class StepResult(NamedTuple):
     """``loss``: mean over the step's learnt tokens. ``grad_norm``: before clipping, over all stages; None when not finite.
-    ``skipped``: an fp16 overflow, the weights did not move."""
+    ``skipped``: an fp16 overflow, the weights did not move. ``busy``, ``span``: seconds of this rank, see instructions.Clock.
+    ``scale``: the loss scale of this step, None when not training in fp16."""
 
     loss: float
     grad_norm: Optional[float]
     skipped: bool
+    busy: float
+    span: float
+    scale: Optional[float]
 
 
 class Pipeline:
@@ -117,7 +123,7 @@ class Pipeline:
     Parameters are NaN until checkpoint.load or checkpoint.start has filled them.
     """
 
-    def __init__(self, config: RunConfig, dims: Dims, boundaries: Sequence[int], cuda: bool) -> None:
+    def __init__(self, config: RunConfig, dims: Dims, boundaries: Sequence[int], cuda: bool, pulse: Optional[Pulse] = None) -> None:
         parallel = config.parallel
         topology = topology_of(parallel.axes, parallel.pipe, parallel.data)
         self.config, self.dims, self.cuda = config, dims, cuda
@@ -130,6 +136,10 @@ class Pipeline:
         self.engine = deepspeed.initialize(
             model=self.stage, optimizer=optimizer, model_parameters=groups, config=self.settings, dist_init_required=False
         )[0]
+        compat.clip_fp32(self.engine.optimizer, deepspeed.__version__)
+        self.watched = Watched(self.engine, pulse or Pulse.inherited(), cuda, fp16=config.model.dtype == "fp16")
+        if self.loss_scaler is not None:
+            self.loss_scaler.raise_error_at_min_scale = False  # loss_scale.OverflowLimit says it better
 
     @property
     def base_optimizer(self) -> Any:
@@ -156,19 +166,25 @@ class Pipeline:
         self.stage.loss_factor = parallel / max(1, learnt_tokens)
 
     def train(self, batches: Iterator[MicroBatch], learnt_tokens: int, rate: float) -> StepResult:
-        """One optimizer step on this replica's M micro-batches; ``learnt_tokens`` counts the whole step, all replicas."""
+        """One optimizer step on this replica's M micro-batches; ``learnt_tokens`` counts the whole step, all replicas.
+
+        Raises instructions.NotFinite, on every rank and with all weights as they were, unless the run is fp16."""
         self._aim(learnt_tokens)
         for group in self.groups:
             group["lr"] = rate
+        scale = float(self.loss_scaler.cur_scale) if self.loss_scaler is not None else None
         loss = float(self.engine.train_batch(batches))
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         skipped = bool(getattr(self.engine.optimizer, "overflow", False))
-        return StepResult(loss, norm if math.isfinite(norm) and norm >= 0 else None, skipped)
+        busy, span = self.watched.clock.take()
+        return StepResult(loss, norm if math.isfinite(norm) and norm >= 0 else None, skipped, busy, span, scale)
 
     def evaluate(self, batches: Iterator[MicroBatch], learnt_tokens: int) -> float:
         """Mean loss over one step's learnt tokens, no gradients."""
         self._aim(learnt_tokens)
-        return float(self.engine.eval_batch(batches))
+        loss = float(self.engine.eval_batch(batches))
+        self.watched.clock.take()
+        return loss
 
     def _piece(self, parameter: torch.nn.Parameter) -> Optional[Tuple[torch.Tensor, slice, slice]]:
         """(the flat fp32 partition, where this parameter's piece lies in it, which elements of the parameter that is), or
@@ -182,6 +198,7 @@ class Pipeline:
 
     def read_whole(self, parameter: torch.nn.Parameter, moment: Optional[str] = None) -> torch.Tensor:
         """The fp32 master weight, or one of its moments, as a whole tensor on the CPU. All replicas must call it together."""
+        self.watched.pulse.tick("saving")
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         piece = self._piece(parameter)
         if piece is not None:
@@ -194,6 +211,7 @@ class Pipeline:
 
     def write_whole(self, parameter: torch.nn.Parameter, value: torch.Tensor, moment: Optional[str] = None) -> None:
         """The reverse of read_whole; a weight also goes, rounded to the run's dtype, into the parameter itself."""
+        self.watched.pulse.tick("loading")
         if moment is None:
             with torch.no_grad():
                 parameter.copy_(value.view(parameter.shape))

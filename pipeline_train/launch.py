@@ -1,4 +1,7 @@
-"""Starts one process per rank and answers for them: they stay in this process group and all end together, whatever happens."""
+"""Starts one process per rank and answers for them: they stay in this process group and all end together, whatever happens.
+
+SIGTERM: save and stop. SIGUSR1: save and go on. Ctrl-C, or any second signal: end now; what was saved is kept.
+"""
 
 import json
 import os
@@ -13,10 +16,13 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from .errors import RunFailed
 from .prepare import Prepared
+from .pulse import SHARED, Board
+from .watch import Watch
 from .worker import PARENT, PROGRESS
 
-GRACE_S = 10.0  # from SIGTERM to SIGKILL
 SETTLE_S = 2.0  # after the first failure: its neighbours fail too, and the first cause must be found among them
+LOOK_S = 1.0  # between two looks at the ranks' signs of life
+DUMP_S = 1.0  # for the stacks of the ranks that are left
 # What a rank says when another one has gone: never the cause.
 ECHOES = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL", "ProcessGroup", "TCPStore", "recvValue")
 
@@ -30,12 +36,14 @@ def launch(prepared: Prepared, show: Show) -> Dict[str, Any]:
     if prepared.resume is not None:
         command += ["--resume", str(prepared.resume.resolve())]
     world = prepared.config.world
-    return supervise(Ranks(command, world, environment(world, prepared.gpus), prepared.out / "logs", show))
+    env, hang_s = environment(world, prepared.gpus), prepared.config.run.hang_s
+    return supervise(Ranks(command, world, env, prepared.out / "logs", show, hang_s))
 
 
 def supervise(ranks: "Ranks") -> Dict[str, Any]:
     """Start them, wait for them, and leave none behind."""
-    before = [(number, signal.signal(number, ranks.on_signal)) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [(number, signal.signal(number, ranks.on_signal)) for number in numbers]
     try:
         ranks.start()
         return ranks.wait()
@@ -43,24 +51,33 @@ def supervise(ranks: "Ranks") -> Dict[str, Any]:
         ranks.end()
         for number, handler in before:
             signal.signal(number, handler)
+        ranks.board.close()  # only now: the handlers use it
 
 
 class Ranks:
-    """The processes of one run on this machine: ``command`` in ``world`` copies that differ in RANK and LOCAL_RANK."""
+    """The processes of one run on this machine: ``command`` in ``world`` copies that differ in RANK and LOCAL_RANK.
 
-    def __init__(self, command: List[str], world: int, env: Dict[str, str], logs: Path, show: Show) -> None:
+    ``hang_s``: see Watch."""
+
+    def __init__(self, command: List[str], world: int, env: Dict[str, str], logs: Path, show: Show, hang_s: float = 40.0) -> None:
         self.command, self.world, self.env, self.logs, self.show = command, world, env, logs, show
+        self.board, self.watch = Board.make(world), Watch(hang_s, time.monotonic)
+        self.looked = 0.0
         self.processes: List[subprocess.Popen] = []
         self.signal: Optional[int] = None
+        self.now = False  # the signal does not wait for a save
         self.progress = -1  # reading end of rank 0's pipe
         self.unread = b""
         self.summary: Optional[Dict[str, Any]] = None
 
     def on_signal(self, number: int, frame: Any) -> None:
-        if self.signal is not None:  # a second one: no patience left
-            for process in self._running():
-                process.kill()
-        self.signal = number
+        if number == signal.SIGUSR1:
+            self.board.wish_save()
+        elif number == signal.SIGTERM and self.signal is None and self._trained():
+            self.board.wish_stop()
+            self.signal = number
+        else:  # Ctrl-C, a second signal, or nothing to save yet
+            self.signal, self.now = number, True
 
     def start(self) -> None:
         self.progress, writing = os.pipe()
@@ -69,8 +86,8 @@ class Ranks:
             for rank in range(self.world):
                 self._error_file(rank).unlink() if self._error_file(rank).exists() else None
                 env = dict(self.env, RANK=str(rank), LOCAL_RANK=str(rank))
-                env[PROGRESS] = str(writing)
-                keep = (writing,) if rank == 0 else ()
+                env.update({PROGRESS: str(writing), SHARED: str(self.board.fd)})
+                keep = (self.board.fd, writing) if rank == 0 else (self.board.fd,)
                 with open(str(self._log_file(rank)), "ab") as log:
                     process = subprocess.Popen(
                         self.command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=keep
@@ -86,25 +103,25 @@ class Ranks:
                 if selector.select(timeout=0.2) and not self._read_progress():
                     selector.unregister(self.progress)  # rank 0 closed it
                     break
-                if self._failed() or self.signal is not None:
+                if self._failed() or self.now:
                     break
-        while self._running() and not self._failed() and self.signal is None:
+                self._look()
+        while self._running() and not self._failed() and not self.now:
+            self._look()
             time.sleep(0.05)
-        if self.signal == signal.SIGINT:
+        name = signal.Signals(self.signal).name if self.signal is not None else "a signal"
+        if self.now and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.signal is not None:
-            raise RunFailed("stopped by %s" % signal.Signals(self.signal).name)
+        if self.now:
+            raise RunFailed("stopped by %s" % name)
         if self._failed() or self.summary is None:
             raise RunFailed(self._cause())
+        if self.summary.get("stopped"):
+            raise RunFailed("stopped by %s after saving step %d" % (name, self.summary["steps"]))
         return self.summary
 
     def end(self) -> None:
-        """SIGTERM, patience, SIGKILL; returns when no process is left."""
-        for process in self._running():
-            process.terminate()
-        deadline = time.monotonic() + GRACE_S
-        while self._running() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        """SIGKILL: a rank has nothing to tidy up, a save that is cut short is made again. Returns when no process is left."""
         for process in self._running():
             process.kill()
         for process in self.processes:
@@ -112,6 +129,29 @@ class Ranks:
         if self.progress >= 0:
             os.close(self.progress)
             self.progress = -1
+
+    def _trained(self) -> bool:
+        """Has every rank done a step since it was started?"""
+        return all(self.board.sign(rank).steps for rank in range(self.world))
+
+    def _look(self) -> None:
+        """Raises RunFailed when a rank has stopped answering or none gets on."""
+        if time.monotonic() - self.looked < LOOK_S:
+            return
+        self.looked = time.monotonic()
+        trouble = self.watch.look([self.board.sign(rank) for rank in range(self.world)])
+        if trouble is not None:
+            self._dump_stacks()
+            raise RunFailed("%s. Logs: %s%s" % (trouble, self.logs / "rank_*.log", self._dump_stacks()))
+
+    def _dump_stacks(self) -> str:
+        """Let every rank that is left write its stacks, also one that somebody has stopped; -> where they are."""
+        left = [r for r, p in enumerate(self.processes) if p.poll() is None and self.board.sign(r).beats]
+        for rank in left:  # a rank listens before its first beat
+            self.processes[rank].send_signal(signal.SIGUSR2)
+            self.processes[rank].send_signal(signal.SIGCONT)
+        time.sleep(DUMP_S if left else 0.0)
+        return ", stacks of %s: %s" % (_ranks(left), self.logs / "rank_*.stacks") if left else ""
 
     def _log_file(self, rank: int) -> Path:
         return self.logs / ("rank_%d.log" % rank)
@@ -140,6 +180,7 @@ class Ranks:
 
     def _cause(self) -> str:
         """The first cause among the failed ranks: a rank that was killed, then an error of its own, then an echo of another's."""
+        stacks = self._dump_stacks()
         deadline = time.monotonic() + SETTLE_S
         while self._running() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -147,7 +188,7 @@ class Ranks:
         if not failed:
             return "rank 0 ended without a summary. Log: %s" % self._log_file(0)
         _, rank, line = min(self._judge(rank) for rank in failed)
-        return "rank %d: %s. Log: %s" % (rank, line.rstrip("."), self._log_file(rank))
+        return "rank %d: %s. Log: %s%s" % (rank, line.rstrip("."), self._log_file(rank), stacks)
 
     def _judge(self, rank: int) -> Tuple[int, int, str]:
         code = self.processes[rank].returncode
@@ -175,6 +216,10 @@ def environment(world: int, gpus: int) -> Dict[str, str]:
         env.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
         env.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 33))
     return env
+
+
+def _ranks(numbers: List[int]) -> str:
+    return "rank %d" % numbers[0] if len(numbers) == 1 else "ranks " + ", ".join(map(str, numbers))
 
 
 def _cores() -> int:

@@ -14,6 +14,8 @@ from . import checkpoint, plan
 from .data.feed import Feed, StepRows
 from .engine import MicroBatch, Pipeline, StepResult, learning_rate
 from .errors import RunFailed
+from .instructions import NotFinite
+from .loss_scale import OverflowLimit
 from .metrics import Metrics, peak_flops
 
 Report = Callable[[Dict[str, Any]], None]  # a progress message, on its way to the terminal
@@ -42,16 +44,20 @@ class Window:
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
-        self.steps = self.tokens = self.learnt = self.samples = self.pairs = self.skipped = 0
-        self.loss = 0.0
+        self.steps = self.tokens = self.learnt = self.samples = self.pairs = self.skipped = self.finite = 0
+        self.loss = self.busy = self.span = 0.0
 
-    def add(self, loss: float, rows: StepRows, skipped: bool) -> None:
+    def add(self, result: StepResult, rows: StepRows) -> None:
         self.steps += 1
-        self.loss += loss
+        if math.isfinite(result.loss):  # in fp16 a forward pass may overflow too
+            self.finite += 1
+            self.loss += result.loss
         self.tokens += rows.tokens
         self.learnt += rows.learnt_tokens
         self.samples += len(rows.samples)
-        self.skipped += int(skipped)
+        self.skipped += int(result.skipped)
+        self.busy += result.busy
+        self.span += result.span
         self.pairs += int((rows.positions + 1)[rows.segments > 0].sum())  # a token attends to its position + 1 keys
 
 
@@ -78,43 +84,57 @@ class Loop:
         self.memory: List[float] = []
         self.losses: List[float] = []
         self.tokens = 0
+        self.saves = 0  # how many saves that were wished for have been made
+        self.limit = OverflowLimit(self.config.optim.loss_scale)
+        self.pulse = pipe.watched.pulse
 
     def run(self, done: int) -> Dict[str, Any]:
-        """-> the summary that ends the run (rank 0's; the same numbers on every rank). Raises RunFailed on a loss that is
-        not a number."""
+        """-> the summary that ends the run (rank 0's; the same numbers on every rank), after a stop that was wished for too.
+        Raises RunFailed on a loss or a gradient that is not a number, on every rank at once."""
         began, window = time.perf_counter(), Window()
         self._write("start", step=done, total_steps=self.total)
         for step in range(done, self.total):
+            self.pulse.tick("reading the step's rows")
             rows = self.feed.at(step)
             rate = learning_rate(self.config.optim, step, self.total)
-            result = self.pipe.train(self._mine(rows), rows.learnt_tokens, rate)
-            self._stop_on_nonsense(step, rows, result)
-            window.add(result.loss, rows, result.skipped)
+            number = step + 1
+            result = self._step(number, rows, rate)
+            self.pulse.step_done(number)
+            stop, saves = self.pipe.watched.agreed
+            stop = stop and number < self.total
+            window.add(result, rows)
             self.losses.append(result.loss)
             self.tokens += rows.tokens
-            number = step + 1
-            if number % self.config.train.log_every == 0 or number == self.total:
-                self._log(number, window, result.grad_norm, rate, rows.epoch)
+            line = None
+            if number % self.config.train.log_every == 0 or number == self.total or stop:
+                line = self._log(number, window, result.grad_norm, rate, rows.epoch)
                 window = Window()
-            self._show(number, result.loss, rows.tokens, began, done)
+            self._show(number, result.loss, rows, began, done, line)
             started = time.perf_counter()
-            if self._due(number, self.config.train.save_every):
+            if stop or saves > self.saves or self._due(number, self.config.train.save_every):
                 self._save(number)
+            self.saves = saves
+            if stop:
+                return dict(self._summary(number, time.perf_counter() - began), stopped=True)
             if self.eval_feed is not None and self._due(number, self.config.train.eval_every):
                 self._evaluate(number)
             window.start += time.perf_counter() - started  # saving and evaluating are not the step's time
-        return self._summary(time.perf_counter() - began)
+        return self._summary(self.total, time.perf_counter() - began)
 
-    def _stop_on_nonsense(self, step: int, rows: StepRows, result: StepResult) -> None:
-        """A loss or a gradient that is not a number ends the run, on every rank at once. With fp16 a gradient that is not
-        is an overflow: the step was skipped and the loss scale lowered."""
-        skipped = result.skipped and self.config.model.dtype != "fp16"
-        if math.isfinite(result.loss) and not skipped:
-            return
-        what = "gradient is not a number" if skipped and math.isfinite(result.loss) else "loss is %s" % result.loss
-        samples = _some([self.feed.where(sample) for sample in rows.samples])
-        raise RunFailed("step %d: the %s, stopped before saving. Its samples: %s. Lower optim.lr, or look at these records"
-                        % (step + 1, what, samples))  # fmt: skip
+    def _step(self, number: int, rows: StepRows, rate: float) -> StepResult:
+        """One step, with nonsense named by its samples."""
+        try:
+            result = self.pipe.train(self._mine(rows), rows.learnt_tokens, rate)
+        except NotFinite as error:
+            raise RunFailed("step %d: %s; stopped before the step, the weights are as they were. Its samples: %s. Lower optim.lr, "
+                            "or look at these records" % (number, error, self._samples(rows))) from None  # fmt: skip
+        if result.scale is not None:
+            self.limit.after(number, result.skipped, result.scale, self._samples(rows) if result.skipped else "")
+        return result
+
+    def _samples(self, rows: StepRows) -> str:
+        places = [self.feed.where(sample) for sample in rows.samples[:10]]
+        return ", ".join(places) + (", ... (%d more)" % (len(rows.samples) - 10) if len(rows.samples) > 10 else "")
 
     def _due(self, number: int, every: Optional[int]) -> bool:
         return number == self.total or (every is not None and number % every == 0)
@@ -126,40 +146,48 @@ class Loop:
         if self.metrics is not None:
             self.metrics.write(kind, **fields)
 
-    def _log(self, number: int, window: Window, grad_norm: Optional[float], rate: float, epoch: int) -> None:
+    def _log(self, number: int, window: Window, grad_norm: Optional[float], rate: float, epoch: int) -> Dict[str, Any]:
         seconds = time.perf_counter() - window.start
-        self.memory = self._memory_per_stage()
+        self.memory, busy, span = self._per_stage(peak_memory(self.pipe.cuda), window.busy, window.span)
         fields = {
-            "step": number, "loss": window.loss / window.steps, "grad_norm": grad_norm, "lr": rate, "tokens": window.tokens,
-            "learnt_tokens": window.learnt, "samples": window.samples, "tokens_per_s": window.tokens / seconds,
-            "step_s": seconds / window.steps, "mem_gib": [round(m, 4) for m in self.memory],
-            "mfu": self._mfu(window, seconds), "epoch": epoch,
+            "step": number, "loss": window.loss / max(1, window.finite), "grad_norm": grad_norm, "lr": rate,
+            "tokens": window.tokens, "learnt_tokens": window.learnt, "samples": window.samples,
+            "tokens_per_s": window.tokens / seconds, "learnt_tokens_per_s": window.learnt / seconds,
+            "step_s": seconds / window.steps, "stage_s": [round(s / window.steps, 6) for s in busy],
+            "bubble": 1.0 - sum(busy) / len(busy) / max(span) if max(span) > 0 else None,
+            "mem_gib": [round(m, 4) for m in self.memory], "mfu": self._mfu(window, seconds), "epoch": epoch,
         }  # fmt: skip
+        if not window.finite:
+            fields["loss"] = None
         scaler = self.pipe.loss_scaler
         if scaler is not None:
             fields.update(loss_scale=float(scaler.cur_scale), skipped=window.skipped)
         self._write("step", **fields)
+        return fields
 
-    def _memory_per_stage(self) -> List[float]:
-        device = "cuda" if self.pipe.cuda else "cpu"
-        stages = torch.zeros(self.config.parallel.pipe, device=device)
-        stages[self.pipe.pipe_rank] = peak_memory(self.pipe.cuda)
+    def _per_stage(self, *mine: float) -> List[List[float]]:
+        """For each of my numbers: the largest among each stage's replicas."""
+        stages = torch.zeros(len(mine), self.config.parallel.pipe, device="cuda" if self.pipe.cuda else "cpu")
+        stages[:, self.pipe.pipe_rank] = torch.tensor(mine)
         dist.all_reduce(stages, op=dist.ReduceOp.MAX)
-        return [float(gib) for gib in stages]
+        return [[float(number) for number in row] for row in stages]
 
     def _mfu(self, window: Window, seconds: float) -> Optional[float]:
         """Model FLOPs per second over what the devices could do; None where that is not known."""
         peak = peak_flops(torch.cuda.get_device_name()) * self.config.world if self.pipe.cuda else 0.0
         return plan.step_flops(self.pipe.dims, window.tokens, window.pairs) / seconds / peak if peak else None
 
-    def _show(self, number: int, loss: float, tokens: int, began: float, done: int) -> None:
+    def _show(self, number: int, loss: float, rows: StepRows, began: float, done: int, line: Optional[Dict[str, Any]]) -> None:
         if self.report is not None:
             left = (time.perf_counter() - began) / (number - done) * (self.total - number)
-            message = {"step": number, "total": self.total, "loss": loss, "tokens": tokens, "eta_s": left}
-            self.report(message)
+            self.report({
+                "step": number, "total": self.total, "loss": loss, "tokens": rows.tokens, "learnt_tokens": rows.learnt_tokens,
+                "epoch": rows.epoch, "eta_s": left, "line": line,
+            })  # fmt: skip
 
     def _save(self, number: int) -> None:
         started = time.perf_counter()
+        self.pulse.tick("saving")
         path = checkpoint.save(self.pipe, self.out, number, self.facts)
         self._write("save", step=number, path=str(path.relative_to(self.out)), seconds=round(time.perf_counter() - started, 3))
 
@@ -173,13 +201,9 @@ class Loop:
             weight += rows.learnt_tokens
         self._write("eval", step=number, loss=total / max(1, weight), tokens=weight)
 
-    def _summary(self, seconds: float) -> Dict[str, Any]:
+    def _summary(self, number: int, seconds: float) -> Dict[str, Any]:
         return {
-            "steps": self.total, "loss_first": self.losses[0], "loss_last": self.losses[-1], "seconds": round(seconds, 3),
+            "steps": number, "loss_first": self.losses[0], "loss_last": self.losses[-1], "seconds": round(seconds, 3),
             "tokens": self.tokens, "peak_gib": [round(m, 4) for m in self.memory],
-            "checkpoint": str(checkpoint.folder(self.out, self.total)),
+            "checkpoint": str(checkpoint.folder(self.out, number)),
         }  # fmt: skip
-
-
-def _some(places: List[str]) -> str:
-    return ", ".join(places[:10]) + (", ... (%d more)" % (len(places) - 10) if len(places) > 10 else "")

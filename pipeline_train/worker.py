@@ -6,6 +6,7 @@ one line to OUT/logs/rank_<RANK>.error, with its traceback on stderr, which is O
 
 import argparse
 import ctypes
+import faulthandler
 import json
 import logging
 import os
@@ -14,6 +15,8 @@ import sys
 import traceback
 from pathlib import Path
 from typing import Any, Dict
+
+from .pulse import Pulse
 
 PARENT = "PIPEDOCK_PARENT"  # process id of the launcher
 PROGRESS = "PIPEDOCK_PROGRESS"  # file descriptor that rank 0 writes progress to, one JSON object per line
@@ -29,6 +32,14 @@ def die_with_parent() -> None:
         os._exit(1)  # it died before the line above
 
 
+def listen(pulse: Pulse, stacks: Path) -> None:
+    """SIGTERM: save and stop, SIGUSR1: save and go on, whichever rank gets it and however often; all ranks agree on the step
+    (see instructions.Watched). SIGUSR2: the stacks of all threads into ``stacks``, also while the process waits in C."""
+    signal.signal(signal.SIGTERM, lambda number, frame: pulse.board.wish_stop())
+    signal.signal(signal.SIGUSR1, lambda number, frame: pulse.board.wish_save())
+    faulthandler.register(signal.SIGUSR2, file=open(str(stacks), "w"), all_threads=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True, type=Path)
@@ -38,8 +49,12 @@ def main() -> None:
     die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
     rank = int(os.environ["RANK"])
+    pulse = Pulse.inherited()
+    listen(pulse, args.out / "logs" / ("rank_%d.stacks" % rank))
+    pulse.start_beating()
+    pulse.tick("starting")
     try:
-        summary = train(args.out, args.total_steps, args.resume)
+        summary = train(args.out, args.total_steps, args.resume, pulse)
     except Exception as error:  # noqa: BLE001 - the process boundary: whatever it was, the launcher shows its one line
         traceback.print_exc()
         line = " ".join(str(error).split()) or type(error).__name__
@@ -64,7 +79,7 @@ def report(message: Dict[str, Any]) -> None:
     os.write(int(os.environ[PROGRESS]), (json.dumps(message) + "\n").encode())
 
 
-def train(out: Path, total: int, resume: Any) -> Dict[str, Any]:
+def train(out: Path, total: int, resume: Any, pulse: Pulse) -> Dict[str, Any]:
     """Build this rank's stage, fill it, run the loop; -> the summary."""
     import torch
 
@@ -78,11 +93,13 @@ def train(out: Path, total: int, resume: Any) -> Dict[str, Any]:
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     cuda = os.environ.get("DS_ACCELERATOR") != "cpu"
     torch.manual_seed(run.run.seed)
+    pulse.tick("joining the other ranks")
     engine.connect(cuda, local)
+    pulse.tick("building its stage")
     dims = families.dims_of(families.read_config(str(out / "resolved" / "model")))
     seq_len = run.data.seq_len
     assert seq_len is not None, "the launcher resolves it"
-    pipe = engine.Pipeline(run, dims, bounds(dims, run.parallel.pipe, run.parallel.parts, seq_len), cuda)
+    pipe = engine.Pipeline(run, dims, bounds(dims, run.parallel.pipe, run.parallel.parts, seq_len), cuda, pulse)
     logging.getLogger("pipedock").info("rank %d: stage %d, replica %d, layers %s", rank, pipe.pipe_rank, pipe.data_rank,
                                        list(pipe.stage.layers))  # fmt: skip
     if rank == 0:

@@ -12,16 +12,16 @@ PACKAGES = ("pipeline_train", "export", "serve", "verbs")
 
 # Lowest first: a module may import its own row and the rows above it in this list.
 ROWS = [
-    {"errors"},
+    {"errors", "pulse", "watch"},
     {"families", "manifest", "data.records", "data.shapes", "data.files", "data.template"},
-    {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder"},
+    {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder", "loss_scale"},
     {"compat"},
     {"models", "data", "plan"},
-    {"stages", "weights"},
+    {"stages", "weights", "instructions"},
     {"engine", "checkpoint", "metrics", "sinks"},
-    {"loop", "worker"},
+    {"loop", "worker", "selftest"},
     {"prepare"},
-    {"launch", "report"},
+    {"launch", "report", "selftest_run"},
 ]
 EXPORT_MAY = {"errors", "families", "manifest", "config", "models", "weights", "data.template"}
 SERVE_MAY = {"errors", "families", "manifest", "config", "data.template"}

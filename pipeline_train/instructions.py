@@ -1,0 +1,109 @@
+"""What happens around each instruction of DeepSpeed's schedule: a sign of life, the time it takes, and one agreement per step.
+
+The engine looks its methods up in ``_INSTRUCTION_MAP`` by the instruction's class (the same in every version since 0.3); this
+gives one engine a map of its own.
+"""
+
+import time
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+
+from .pulse import Pulse
+
+BUSY = ("ForwardPass", "BackwardPass")  # computing; the rest of the pipelined part is waiting for other stages
+ENDS = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")  # the first of them ends the pipelined part of a step
+SAID = {
+    "LoadMicroBatch": "reading a micro-batch", "ForwardPass": "forward pass", "BackwardPass": "backward pass",
+    "SendActivation": "sending activations", "RecvActivation": "waiting for activations", "SendGrad": "sending gradients",
+    "RecvGrad": "waiting for gradients", "ReduceTiedGrads": "summing tied gradients",
+    "ReduceGrads": "averaging gradients over replicas", "OptimizerStep": "optimizer step",
+}  # fmt: skip
+
+
+class NotFinite(Exception):
+    """Loss or gradient of this step are not numbers: raised on every rank, before any weight has moved. The text says which."""
+
+
+class Agreed(NamedTuple):
+    """What all ranks know when a step's optimizer part begins: the largest of what each has seen."""
+
+    stop: int
+    saves: int
+
+
+class Clock:
+    """Seconds of this rank in the step that has just ended: ``busy`` computing, ``span`` of the pipelined part."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.cuda = cuda
+        self.marks: List[Tuple[Any, Any]] = []
+        self.first: Any = None
+        self.last: Any = None
+
+    def now(self) -> Any:
+        """A point in time: of the host, or in the GPU's queue of work."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end)) / 1000 if self.cuda else end - start
+
+    def take(self) -> Tuple[float, float]:
+        """(busy, span), and begin again. On a GPU the step's work must be done (reading the loss has waited for it)."""
+        busy = sum(self.between(start, end) for start, end in self.marks)
+        span = self.between(self.first, self.last) if self.first is not None and self.last is not None else 0.0
+        self.marks, self.first, self.last = [], None, None
+        return busy, span
+
+
+class Watched:
+    """One engine's instructions, watched. ``agreed`` is that of the last step; ``fp16``: overflows are not errors."""
+
+    def __init__(self, engine: Any, pulse: Pulse, cuda: bool, fp16: bool) -> None:
+        self.pulse, self.fp16, self.clock = pulse, fp16, Clock(cuda)
+        self.device = "cuda" if cuda else "cpu"
+        self.agreed = Agreed(0, 0)
+        engine._INSTRUCTION_MAP = {cls: self._wrapped(cls.__name__, do) for cls, do in engine._INSTRUCTION_MAP.items()}
+
+    def _wrapped(self, name: str, do: Callable[..., Any]) -> Callable[..., Any]:
+        def instruction(engine: Any, *args: Any, **kwargs: Any) -> Any:
+            self.pulse.tick(SAID.get(name, name))
+            clock = self.clock
+            if name in ENDS and clock.last is None:
+                clock.last = clock.now()
+            if name == "OptimizerStep":
+                self._agree(engine)
+            if name not in BUSY:
+                result = do(engine, *args, **kwargs)
+            else:
+                start = clock.now()
+                clock.first = start if clock.first is None else clock.first
+                result = do(engine, *args, **kwargs)
+                clock.marks.append((start, clock.now()))
+            if name == "OptimizerStep":
+                self._check_gradients(engine)
+            return result
+
+        return instruction
+
+    def _agree(self, engine: Any) -> None:
+        """One all-reduce, before any weight moves: is the loss a number on every replica, and does anybody wish anything?"""
+        loss: Optional[torch.Tensor] = engine.total_loss
+        flags = torch.tensor((0,) + self.pulse.wishes(), dtype=torch.int64, device=self.device)
+        if loss is not None and not self.fp16:
+            flags[0] = (~torch.isfinite(loss.detach())).to(flags).max()
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        broken, stop, saves = flags.tolist()
+        self.agreed = Agreed(stop, saves)
+        if broken:
+            raise NotFinite("the loss is not a number")
+
+    def _check_gradients(self, engine: Any) -> None:
+        """DeepSpeed has looked at all gradients of all stages and replicas, and left the weights alone if one was not finite."""
+        if not self.fp16 and getattr(engine.optimizer, "overflow", False):
+            raise NotFinite("the gradient is not a number")
