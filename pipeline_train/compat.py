@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from importlib import metadata
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from .errors import RunFailed, UserError
 
@@ -74,8 +74,8 @@ def check_dtype(version: Optional[str], dtype: str) -> None:
 
 
 def has_cpu_accelerator(version: Optional[str]) -> bool:
-    """DeepSpeed trains on CPUs since 0.10; before, only with somebody's accelerator under the one name that it looks for."""
-    if version is None or release(version) >= (0, 10, 0):
+    """DeepSpeed brings one since 0.9.3; before, it takes somebody's, under the one name that it looks for."""
+    if version is None or release(version) >= (0, 9, 3):
         return True
     return importlib.util.find_spec("intel_extension_for_deepspeed") is not None
 
@@ -128,6 +128,28 @@ def quiet_cpu_ops() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def clip_fp32(optimizer: Any, version: Optional[str]) -> None:
+    """ZeRO-1 of 0.9.2 (and on, 0.12.6 no longer) measures and clips gradients in fp16 only: an fp32 run would neither clip nor
+    know its norm. Do it between its look for overflows and its step, by its own means. No effect on fp16 and other releases.
+
+    ``optimizer``: ZeRO's wrapper, engine.optimizer."""
+    import torch
+
+    if version is None or release(version) >= (0, 12, 6) or optimizer.dtype == torch.float16:
+        return
+    look = optimizer.check_overflow
+
+    def look_and_clip(*args: Any, **kwargs: Any) -> None:
+        look(*args, **kwargs)
+        if not optimizer.overflow:
+            norm = optimizer._global_grad_norm = optimizer.scaled_global_norm()
+            flat = optimizer.single_partition_of_fp32_groups
+            grads = [p.grad for p in flat] if optimizer.cpu_offload else list(optimizer.averaged_gradients.values())
+            optimizer.unscale_and_clip_grads(grads, norm)
+
+    optimizer.check_overflow = look_and_clip
+
+
 def fused_adamw(cuda: bool) -> bool:
     """torch.optim.AdamW(fused=True): on CUDA since torch 2.0, on CPU (about ten times faster there) since 2.4."""
     import torch
@@ -135,3 +157,8 @@ def fused_adamw(cuda: bool) -> bool:
     if "fused" not in inspect.signature(torch.optim.AdamW).parameters:
         return False
     return cuda or release(torch.__version__) >= (2, 4, 0)
+
+
+def has_grouped_queries(version: Optional[str]) -> bool:
+    """transformers' llama reads num_key_value_heads since 4.31; before, it cannot be a reference for grouped queries."""
+    return version is not None and release(version) >= (4, 31)

@@ -5,7 +5,7 @@ Layers are counted as the pipeline counts them, here and nowhere else:
     0 = embed,  1..L = blocks,  L+1 = norm + head        layer = file number = HF block + 1
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, FrozenSet, List, Optional, Tuple
 
 from ..errors import UserError
@@ -103,6 +103,7 @@ class ModelFamily:
     optional_prefix: str  # a prefix that old files lack ("transformer." for bloom, "" for none)
     facts: ServingFacts
     architecture: str = ""  # the transformers class name written into an export's config.json
+    tiny: Dict[str, Any] = field(default_factory=dict, hash=False)  # config.json of the small model that --self-test trains
     exports_tied_head: bool = False  # an export carries the head's own copy even when tied (servers of the family look for it)
 
     def layer_slots(self, dims: Dims, layer: int) -> List[ParamSlot]:

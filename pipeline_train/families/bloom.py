@@ -69,6 +69,17 @@ FAMILY = ModelFamily(
     name="bloom",
     model_type="bloom",
     architecture="BloomForCausalLM",
+    tiny={
+        "model_type": "bloom",
+        "vocab_size": 131,
+        "hidden_size": 64,
+        "n_layer": 6,
+        "n_head": 4,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     exports_tied_head=True,
     slots=(
         ParamSlot("embed", "word_embeddings.weight", "transformer.word_embeddings.weight", ("vocab", "hidden")),

@@ -134,6 +134,18 @@ FAMILY = ModelFamily(
     name="llama",
     model_type="llama",
     architecture="LlamaForCausalLM",
+    tiny={
+        "model_type": "llama",
+        "vocab_size": 131,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     slots=(
         ParamSlot("embed", "embed_tokens.weight", "model.embed_tokens.weight", ("vocab", "hidden")),
         _block("input_layernorm.weight", "hidden"),

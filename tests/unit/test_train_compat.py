@@ -83,3 +83,7 @@ def test_gpus_are_asked_of_torch_in_another_process(monkeypatch, tmp_path):
     fake += "    get_device_capability = staticmethod(lambda i: (7, 0))\n"
     (tmp_path / "torch.py").write_text(fake)
     assert compat.gpus() == compat.Gpus(2, "Tesla V100", False)
+
+
+def test_grouped_queries_are_compared_where_transformers_has_them():
+    assert [compat.has_grouped_queries(version) for version in (None, "4.30.2", "4.31.0", "5.17.0")] == [False, False, True, True]
