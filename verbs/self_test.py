@@ -1,14 +1,15 @@
 """``pipedock train --self-test``: this machine's pipeline against transformers in one process, in under a minute."""
 
 import argparse
-import sys
 from typing import Any, Dict
+
+from .progress import say
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     from pipeline_train import selftest_run
 
-    return selftest_run.here(args.config, args.set, lambda line: print(line, file=sys.stderr))
+    return selftest_run.here(args.config, args.set, say)
 
 
 def text(document: Dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Dict, Optional
 
+from . import self_test
 from .progress import Progress, say
 
 HELP = "fine-tune all weights (or train from scratch) with pipeline parallelism"
@@ -15,6 +16,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", nargs="?", const="newest", choices=["newest", "auto"], metavar="auto",
                         help="continue from the newest whole checkpoint; auto: start if there is none")  # fmt: skip
     parser.add_argument("--stack-check", action="store_true", help="only check the installed versions")
+    parser.add_argument("--self-test", action="store_true",
+                        help="only compare this machine's training with transformers on a tiny model, with --config of its kind")  # fmt: skip
     parser.add_argument("--print-config", action="store_true", help="only print run.yaml with every default filled in")
 
 
@@ -26,6 +29,8 @@ def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
         found = compat.versions()
         compat.check_deepspeed(found["deepspeed"])
         return {"ok": True, "versions": found, "notes": compat.notes(found)}
+    if args.self_test:
+        return self_test.run(args)
     if args.config is None:
         raise UserError("name a run.yaml with --config")
     from pipeline_train import config
@@ -39,6 +44,7 @@ def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
 
 
 def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
+    from pipeline_train import selftest_run
     from pipeline_train.errors import RunFailed
     from pipeline_train.launch import launch
     from pipeline_train.prepare import prepare
@@ -54,6 +60,7 @@ def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
         say("%s: finished already, at step %d of %d" % (out, prepared.done, prepared.total))
         done = {"out": out, "steps": prepared.done, "checkpoint": str(prepared.resume), "finished": True}
         return dict(done, loss_first=None, loss_last=None, seconds=0.0, tokens=0, peak_gib=[], **_export(prepared, trained=False))
+    selftest_run.once(prepared, say)
     parallel = prepared.config.parallel
     say("%s: steps %d to %d, %d stages x %d replicas, layers per stage %s, %s on %s" % (
         out, prepared.done + 1, prepared.total, parallel.pipe, parallel.data, parallel.parts, prepared.config.model.dtype,
@@ -104,6 +111,8 @@ def text(document: Dict[str, Any]) -> str:
         import yaml
 
         return str(yaml.safe_dump(document["config"], sort_keys=False, allow_unicode=True)).rstrip()
+    if "cases" in document:
+        return self_test.text(document)
     if "versions" in document:
         lines = ["%s %s" % (name, version or "-") for name, version in document["versions"].items()]
         return "\n".join(lines + ["note: %s" % note for note in document["notes"]] + ["ok"])
