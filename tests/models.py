@@ -1,5 +1,6 @@
 """Tiny random models for every test: a config dictionary, and the transformers folder made from it."""
 
+import warnings
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
@@ -70,6 +71,36 @@ VARIANTS = [
     Variant("bloom-6-heads", "bloom", {"n_head": 6, "tie_word_embeddings": False}),
     Variant("bloom-post-norm", "bloom", {"apply_residual_connection_post_layernorm": True}),
 ]
+
+
+# Keys of a llama's config.json -> (the first transformers that computes them, what older ones compute instead).
+SINCE = {
+    "num_key_value_heads": ((4, 31), None),
+    "rope_theta": ((4, 33), 10000.0),
+    "attention_bias": ((4, 35), False),
+    "mlp_bias": ((4, 41), False),
+    "rope_scaling": ((4, 43), None),
+    "head_dim": ((4, 45), None),
+}  # type: Dict[str, Tuple[Tuple[int, int], Any]]
+
+
+def computed(config: Dict[str, Any]) -> Dict[str, Any]:
+    """``config``, or the nearest one that the installed transformers computes, with a warning that says what is lost: for tests
+    of training, whose reference it is. What our layers make of these keys is held against golden values (tests/parity)."""
+    import transformers
+
+    version, out = tuple(int(part) for part in transformers.__version__.split(".")[:2]), dict(config)
+    for key, (since, instead) in SINCE.items():
+        if key in config and version < since:
+            value = config["num_attention_heads"] if key == "num_key_value_heads" else instead
+            if config[key] != value:
+                text = "transformers %s does not compute %s=%s: here tested with %s" % (
+                    transformers.__version__, key, config[key], value)  # fmt: skip
+                warnings.warn(text, stacklevel=2)
+            out[key] = value
+    if out.get("head_dim", 0) is None:
+        del out["head_dim"]
+    return out
 
 
 def tiny_config(family: str, **overrides: Any) -> Dict[str, Any]:

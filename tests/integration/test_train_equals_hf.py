@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline_train import compat
 from tests.free_port import free_port
 from tests.integration.pipeline_rank import make_rows
-from tests.models import make_hf, tiny_config
+from tests.models import computed, make_hf, tiny_config
 
+BF16 = compat.release(compat.versions()["deepspeed"] or "") >= (0, 9, 3)  # compat.check_dtype refuses it before
 RANK = Path(__file__).with_name("pipeline_rank.py")
 STEPS, WIDTH, CLIP = 20, 24, 0.5
 
 MODELS = {
-    "llama-tied": tiny_config("llama", tie_word_embeddings=True, num_key_value_heads=2),
-    "llama": tiny_config("llama", num_key_value_heads=2, attention_bias=True),
+    "llama-tied": computed(tiny_config("llama", tie_word_embeddings=True, num_key_value_heads=2)),
+    "llama": computed(tiny_config("llama", num_key_value_heads=2, attention_bias=True)),
     "bloom-tied": tiny_config("bloom"),
     "bloom": tiny_config("bloom", tie_word_embeddings=False, n_head=3),
 }
@@ -86,7 +88,7 @@ def launched(models, tmp_path_factory):
     def get(world):
         if world not in done:
             cases = [case_of(world, number, models) for number in range(len(CASES[world]))]
-            if world == 2:
+            if world == 2 and BF16:
                 cases += [case_of(2, 1, models, "bf16")]
             done[world] = launch(world, cases, tmp_path_factory.mktemp("world%d" % world))
         return done[world]
@@ -210,13 +212,14 @@ def test_tied_copies_are_bit_equal_after_twenty_steps(world, launched):
 
 def test_a_save_makes_copies_equal_that_have_drifted_apart(launched):
     """With three or more replicas an all-reduce may add in another order on the last stage; here the drift is planted."""
-    for name in ("2-0-fp32", "2-1-bf16"):
+    for name in ("2-0-fp32", "2-1-bf16")[: 1 + BF16]:
         first, last = (rank["settled"] for rank in launched(2)[name])
         assert len(first) == 4 and all(torch.equal(a, b) for a, b in zip(first, last))
         assert torch.equal(first[0], launched(2)[name][0]["weights"]["0/embed_tokens.weight"])
     assert launched(2)["2-3-fp32"][0]["settled"] is None  # not tied
 
 
+@pytest.mark.skipif(not BF16, reason="no bf16 pipeline in this DeepSpeed")
 def test_bf16_follows_fp32(launched):
     """Looser: a bf16 forward pass is off by up to a percent here; the master weights and the accumulation are fp32."""
     exact, rounded = (launched(2)["2-1-" + dtype][0]["losses"] for dtype in ("fp32", "bf16"))

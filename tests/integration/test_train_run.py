@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pipeline_train import manifest, metrics
-from tests.models import make_hf, tiny_config
+from tests.models import computed, make_hf, tiny_config
 from tests.tokenizers import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +44,8 @@ def root(tmp_path_factory):
     """A finished run in root/out: two epochs, saves after every 4 steps and at the end."""
     root = tmp_path_factory.mktemp("run")
     tiny_tokenizer(root / "model", "bpe")
-    make_hf(root / "model", tiny_config("llama", vocab_size=600, tie_word_embeddings=True, num_key_value_heads=2))
+    made = computed(tiny_config("llama", vocab_size=600, tie_word_embeddings=True, num_key_value_heads=2))
+    make_hf(root / "model", made)
     for name, count in (("train", 34), ("eval", 9)):
         records = [
             {"type": "instruct", "instruct": "Name %d colours." % n, "output": "Red, green, blue. " * (1 + n % 3)}
