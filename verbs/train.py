@@ -17,7 +17,7 @@ def add(parser: argparse.ArgumentParser) -> None:
                         help="continue from the newest whole checkpoint; auto: start if there is none")  # fmt: skip
     parser.add_argument("--stack-check", action="store_true", help="only check the installed versions")
     parser.add_argument("--self-test", action="store_true",
-                        help="only compare this machine's training with transformers on a tiny model, with --config of its kind")  # fmt: skip
+                        help="only compare training on this machine with transformers, on a tiny model")  # fmt: skip
     parser.add_argument("--print-config", action="store_true", help="only print run.yaml with every default filled in")
 
 
