@@ -92,6 +92,8 @@ def _check(config: RunConfig, where: str) -> None:
             "%s: parallel: pipe %d x data %d is %d processes, at most %d"
             % (where, config.parallel.pipe, config.parallel.data, config.world, MOST_PROCESSES)
         )
+    if config.run.hang_s < 10:
+        raise UserError("%s: run.hang_s: must be 10 or more seconds, got %d" % (where, config.run.hang_s))
     if config.data.seq_len is not None and config.data.seq_len < 8:
         raise UserError("%s: data.seq_len: must be 8 or more, got %d" % (where, config.data.seq_len))
     _check_paths(config, where)
@@ -160,6 +162,14 @@ def _check_optim(config: RunConfig, where: str) -> None:
     for key, fine in limits:
         if not fine:  # also false for nan
             raise UserError("%s: optim.%s: %s is out of range" % (where, key, getattr(optim, key)))
+    scale = optim.loss_scale
+    limits = (
+        ("initial", scale.min <= scale.initial <= 2**32), ("window", scale.window >= 1), ("hysteresis", scale.hysteresis >= 1),
+        ("min", 0 < scale.min < INFINITE), ("max_overflows", scale.max_overflows >= 1),
+    )  # fmt: skip
+    for key, fine in limits:
+        if not fine:
+            raise UserError("%s: optim.loss_scale.%s: %s is out of range" % (where, key, getattr(scale, key)))
 
 
 def _apply_set(raw: Dict[str, Any], item: str) -> None:
