@@ -8,6 +8,7 @@ DS_ACCELERATOR.
 
 import contextlib
 import os
+import sys
 
 import torch
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
@@ -57,6 +58,14 @@ class UtilsBuilder:
     unflatten = staticmethod(_unflatten_dense_tensors)
 
 
+def by_type(tensors):
+    """[tensor] -> [[tensors of one type], ...]"""
+    buckets = {}
+    for tensor in tensors:
+        buckets.setdefault(tensor.dtype, []).append(tensor)
+    return list(buckets.values())
+
+
 def _nothing(*_, **__):
     pass
 
@@ -95,6 +104,11 @@ class CPU_Accelerator(CUDA_Accelerator):
         return os.cpu_count()
 
     def is_available(self):
+        """Asked by ZeRO's constructor: when the module is loaded in which one function knows gradients by the names of CUDA's
+        tensor types, and would reduce none of ours over the replicas."""
+        zero = sys.modules.get("deepspeed.runtime.zero.stage_1_and_2")
+        if zero is not None:
+            zero.split_half_float_double = by_type
         return True
 
     def is_bf16_supported(self):
