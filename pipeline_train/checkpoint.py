@@ -6,235 +6,235 @@
                                      manifest.json                written last
     <out>/checkpoints/latest         the name of the newest one
 
-Written under .tmp-step_000400, fsynced, renamed: a folder named step_* is whole, whenever the power went. With ZeRO-1 each
-replica holds a piece of every master weight; Pipeline.read_whole puts them together.
+A folder named step_* is whole, whenever the power went (see checkpoint_folder). A layer's files are written by the replica
+number layer % replicas (see masters).
 """
 
+import functools
 import logging
 import os
-import shutil
+import socket
+import threading
+import time
+import traceback
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from . import compat, manifest, run_folder
+from . import checkpoint_folder, compat, host, manifest, masters
+from .checkpoint_folder import folder
 from .engine import Pipeline
-from .errors import RunFailed, UserError
-from .models import build_layer, init_layer
-from .weights import open_source
+from .errors import RunFailed
+from .masters import load, named, settle_ties, start
+from .weights.writing import write_file
 
+__all__ = ["Saver", "folder", "load", "named", "settle_ties", "start"]
 log = logging.getLogger("pipedock")
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what the loss scaler remembers
+WAIT_S = 0.2  # between two looks at a thread that training waits for
+File = Tuple[str, Dict[str, torch.Tensor]]  # name, tensors
 
 
-def folder(out: Path, step: int) -> Path:
-    return out / "checkpoints" / ("step_%06d" % step)
+class Job:
+    """``work`` in a thread of its own. Then ``result``, or ``problem``: why there is none."""
 
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.result, self.problem, self.ended = None, "", 0.0
+        self.thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
+        self.thread.start()
 
-def named(pipe: Pipeline, layer: int) -> Dict[str, torch.nn.Parameter]:
-    """Slot name -> parameter of a layer of this rank; a shared tied weight appears in both layers."""
-    return dict(pipe.stage.layers[layer].named_parameters())
-
-
-def start(pipe: Pipeline) -> None:
-    """Fill this rank's layers from model.path, or from scratch when model.init is random. Only its own layers are read."""
-    config = pipe.config
-    source = open_source(config.model.path) if config.model.init == "pretrained" else None
-    for layer in pipe.stage.layers:
-        if source is not None:
-            values = source.layer(layer)
-        else:
-            fresh = build_layer(pipe.dims, layer)
-            init_layer(fresh, pipe.dims, layer, config.run.seed)
-            values = fresh.state_dict()
-        for name, parameter in named(pipe, layer).items():
-            pipe.write_whole(parameter, values[name])
-    pipe.set_steps(0)
-
-
-def load(pipe: Pipeline, path: Path) -> int:
-    """Fill weights, moments, step counters and loss scaler from a checkpoint; -> the number of steps it has done."""
-    document = manifest.read(path)
-    state = document["training"]
-    pipe.set_steps(state["optimizer_steps"])
-    for layer in pipe.stage.layers:
-        parameters = named(pipe, layer)
-        with safe_open(str(path / manifest.layer_file(layer)), framework="pt") as file:
-            for name, parameter in parameters.items():
-                pipe.write_whole(parameter, file.get_tensor(name))
-        with safe_open(str(path / manifest.optim_file(layer)), framework="pt") as file:
-            for name, parameter in parameters.items():
-                for moment in pipe.moments:
-                    pipe.write_whole(parameter, file.get_tensor("%s::%s" % (name, moment)), moment)
-    if pipe.loss_scaler is not None:
-        for key, value in state["loss_scaler"].items():
-            setattr(pipe.loss_scaler, key, value)
-    return int(document["step"])
-
-
-def save(pipe: Pipeline, out: Path, step: int, feed: Dict[str, Any]) -> Path:
-    """Write step_<step>, all ranks together; -> its folder. ``feed`` says what the data was (see prepare).
-
-    Raises RunFailed, on every rank with the first one's reason, when a file cannot be written; the folder aside is removed."""
-    final, rank = folder(out, step), dist.get_rank()
-    aside = final.with_name(".tmp-" + final.name)
-    if rank == 0:
+    def _run(self, work: Callable[[], Any]) -> None:
         try:
-            for left in final.parent.glob(".tmp-*"):
-                shutil.rmtree(str(left))
-            aside.mkdir(parents=True)
+            self.result = work()
+        except Exception as error:  # noqa: BLE001 - the thread's boundary: the main thread raises it, on every rank
+            self.problem = str(error) or type(error).__name__
+            if not isinstance(error, RunFailed):
+                traceback.print_exc()
+        self.ended = time.perf_counter()
+
+    @property
+    def done(self) -> bool:
+        return not self.thread.is_alive()
+
+
+class Save:
+    """One save under way: ``writing`` on every rank, then ``completing`` on rank 0 (the others have nothing to do)."""
+
+    def __init__(self, final: Path, document: Dict[str, Any], behind: bool) -> None:
+        self.final, self.document, self.behind = final, document, behind
+        self.began, self.stall = time.perf_counter(), 0.0
+        self.writing: Optional[Job] = None
+        self.completing: Optional[Job] = None
+
+
+class Saver:
+    """Writes the checkpoints of a run. All ranks call every method together, from their main thread.
+
+    ``facts`` says what the data was (see prepare). With train.async_save the weights are copied to the host's memory and
+    written by a thread behind the next steps, if twice that much memory is free on every machine; else training waits.
+    Raises RunFailed, on every rank with the first one's reason, when a file cannot be written; the folder aside is removed.
+    """
+
+    def __init__(self, pipe: Pipeline, out: Path, facts: Dict[str, Any]) -> None:
+        self.pipe, self.out, self.facts, self.rank = pipe, out, facts, dist.get_rank()
+        self.tick = pipe.watched.pulse.tick  # a sign of life for the launcher
+        here = socket.gethostname()
+        values = sum(p.numel() for layer in pipe.stage.layers if masters.writes(pipe, layer) for p in named(pipe, layer).values())
+        copied = 4 * values * (1 + len(pipe.moments))  # bytes of this rank's files
+        everyone = _gather((here, copied, len(pipe.stage.layers)))
+        self.copied_here = sum(copied for name, copied, _ in everyone if name == here)
+        self.most_layers = max(layers for _, _, layers in everyone)
+        self.needed = checkpoint_folder.nbytes(pipe.dims, pipe.config.optim.type)
+        self.under_way: Optional[Save] = None
+        self.finished: List[Dict[str, Any]] = []
+        self.last: Optional[int] = None
+
+    def save(self, step: int) -> None:
+        """Save the state after ``step`` steps; nothing when that was the last save's step too. Waits for a save under way."""
+        if step == self.last:
+            return
+        self._go_on(wait=True)
+        began, final = time.perf_counter(), folder(self.out, step)
+        behind = self._prepare(final)
+        settle_ties(self.pipe)
+        save = self.under_way = Save(final, self._document(step), behind)
+        for layers in self._rounds(behind):
+            files = list(masters.files(self.pipe, layers))
+            if save.writing is not None:  # the round before, while this one's were read
+                self._all_done(save.writing, wait=True)
+                self._collect(save)
+            save.writing = Job(functools.partial(_write, checkpoint_folder.aside_of(final), files))
+            del files  # the thread lets go of each one when it is written
+        self.last, save.began, save.stall = step, began, time.perf_counter() - began
+        self._go_on(wait=not behind)
+
+    def poll(self) -> List[Dict[str, Any]]:
+        """The saves completed since the last call: step, path (in the run's folder), seconds until it was on disk, stall_s that
+        training waited for it, asynchronous. Call it once per step: here a save under way goes on."""
+        self._go_on(wait=False)
+        finished, self.finished = self.finished, []
+        return finished
+
+    def finish(self) -> List[Dict[str, Any]]:
+        """``poll`` that waits for the save under way. Before the run ends."""
+        self._go_on(wait=True)
+        return self.poll()
+
+    def _prepare(self, final: Path) -> bool:
+        """Make the folder aside; -> whether to write behind the next steps."""
+        problem = ""
+        if self.rank == 0:
+            try:
+                checkpoint_folder.begin(final, self.needed)
+            except RunFailed as error:
+                problem = str(error)
+        free = host.available_memory()
+        fits = free is not None and free >= 2 * self.copied_here
+        if self.pipe.config.train.async_save and not fits:
+            log.warning("train.async_save: %s of host memory are not free twice: training waits for this save",
+                        host.size(self.copied_here))  # fmt: skip
+        everyone = _gather((problem, fits))
+        _raise_first(problem for problem, _ in everyone)
+        return bool(self.pipe.config.train.async_save and all(fits for _, fits in everyone))
+
+    def _rounds(self, behind: bool) -> List[List[int]]:
+        """The layers to read, then write. Behind the next steps: all at once. Else as many as there are replicas, so that each
+        of them writes one; every rank makes the same number of rounds."""
+        mine, step = list(self.pipe.stage.layers), self.pipe.config.parallel.data
+        return [mine] if behind else [mine[n : n + step] for n in range(0, self.most_layers, step)]
+
+    def _go_on(self, wait: bool) -> None:
+        """Take the save under way as far as it has come; with ``wait`` to its end."""
+        save = self.under_way
+        if save is None:
+            return
+        began = time.perf_counter()
+        if save.completing is None and self._all_done(save.writing, wait):
+            self._collect(save)
+            save.completing = Job(functools.partial(self._complete, save) if self.rank == 0 else _nothing)
+        if save.completing is not None and self._all_done(save.completing, wait):
+            self._results(save, save.completing)
+            self.under_way = None
+            self.finished.append({
+                "step": save.document["step"], "path": os.path.relpath(str(save.final), str(self.out)),
+                "seconds": round(save.completing.ended - save.began, 3),
+                "stall_s": round(save.stall + time.perf_counter() - began, 3), "asynchronous": save.behind,
+            })  # fmt: skip
+        save.stall += time.perf_counter() - began
+
+    def _all_done(self, job: Optional[Job], wait: bool) -> bool:
+        """Whether the job is done on every rank; with ``wait`` it is."""
+        assert job is not None
+        while True:
+            done = torch.tensor([int(job.done)], device="cuda" if self.pipe.cuda else "cpu")
+            dist.all_reduce(done, op=dist.ReduceOp.MIN)
+            if done.item() or not wait:
+                return bool(done.item())
+            self.tick("waiting for a checkpoint")
+            job.thread.join(WAIT_S)
+
+    def _collect(self, save: Save) -> None:
+        """What all ranks have written goes into the manifest."""
+        assert save.writing is not None
+        for entries in self._results(save, save.writing):
+            save.document["files"].update(entries)
+
+    def _results(self, save: Save, job: Job) -> List[Any]:
+        """Every rank's result. Raises RunFailed on every rank if one has a problem."""
+        everyone = _gather((job.problem, job.result))
+        if self.rank == 0 and any(problem for problem, _ in everyone):
+            checkpoint_folder.abandon(save.final)
+        _raise_first(problem for problem, _ in everyone)
+        return [result for _, result in everyone]
+
+    def _document(self, step: int) -> Dict[str, Any]:
+        """The manifest but for its files. As it is now: the next steps count on."""
+        config, dims = self.pipe.config, self.pipe.dims
+        steps = max(_gather(masters.optimizer_steps(self.pipe)))
+        return {
+            "format": manifest.FORMAT, "kind": "checkpoint", "family": dims.family, "tied": dims.tied, "layers": dims.layers,
+            "step": step, "run_name": config.run.name, "run_dtype": config.model.dtype, "layer_dtype": "fp32", "files": {},
+            "versions": compat.versions(),
+            "training": {
+                "optimizer": config.optim.type, "optimizer_steps": steps, "feed": self.facts,
+                "loss_scaler": masters.scaler_state(self.pipe),
+            },
+        }  # fmt: skip
+
+    def _complete(self, save: Save) -> None:
+        try:
+            checkpoint_folder.complete(save.final, save.document, self.out / "resolved" / "model")
         except OSError as error:
-            raise unwritable(aside, error) from None
-    dist.barrier()
-    settle_ties(pipe)
-    files, problem = _write_layers(pipe, aside)
+            raise checkpoint_folder.unwritable(save.final, error) from None
+        checkpoint_folder.prune(save.final, self.pipe.config.train.keep)
+
+
+def _gather(value: Any) -> List[Any]:
+    """Every rank's value, by rank."""
     everyone = [None] * dist.get_world_size()  # type: List[Any]
-    dist.all_gather_object(everyone, (files, _optimizer_steps(pipe), problem))
-    problems = [found for _, _, found in everyone if found]
-    if problems:
-        if rank == 0:
-            shutil.rmtree(str(aside), ignore_errors=True)
-        raise RunFailed(problems[0])
-    if rank == 0:
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def _raise_first(problems: Iterable[str]) -> None:
+    for problem in problems:
+        if problem:
+            raise RunFailed(problem)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _write(aside: Path, files: List[File]) -> Dict[str, Any]:
+    """-> their entries in the manifest; ``files`` is empty then. Raises RunFailed."""
+    entries = {}
+    files.reverse()
+    while files:
+        name, tensors = files.pop()
         try:
-            _complete(pipe, out, aside, final, _document(pipe, step, feed, everyone))
+            entries[name] = write_file(aside / name, tensors)
         except OSError as error:
-            shutil.rmtree(str(aside), ignore_errors=True)
-            raise unwritable(final, error) from None
-        prune(final, pipe.config.train.keep)
-    dist.barrier()
-    return final
-
-
-def _write_layers(pipe: Pipeline, aside: Path) -> Tuple[Dict[str, Any], str]:
-    """-> (the manifest's entries of what this rank wrote, "" or why it could not go on). Reading needs all replicas, so a rank
-    that cannot write still reads."""
-    files, problem = {}, ""  # type: Dict[str, Any], str
-    for layer in pipe.stage.layers:
-        mine = layer % pipe.config.parallel.data == pipe.data_rank
-        for name, tensors in _layer_tensors(pipe, layer):
-            if mine and not problem:
-                try:
-                    files[name] = write(aside / name, tensors)
-                except RunFailed as error:
-                    problem = str(error)
-    return files, problem
-
-
-def settle_ties(pipe: Pipeline) -> None:
-    """Give the head's copy the embedding's values where they differ.
-
-    They do not differ with one or two replicas. With more, an all-reduce may add the replicas up in another order on the
-    last stage than on the first, and a gradient then differs in its last bit."""
-    stage = pipe.stage
-    if stage.tied_weight is None:
-        return
-    mine = [pipe.read_whole(stage.tied_weight, moment) for moment in (None,) + pipe.moments]
-    first = pipe.stage.topology().get_rank(pipe=0, data=pipe.data_rank)
-    for moment, value in zip((None,) + pipe.moments, mine):
-        theirs = value.clone().to(stage.tied_weight.device)
-        dist.broadcast(theirs, src=first, group=stage.tied_group)
-        off = int((theirs.cpu() != value).sum())
-        if off:
-            log.warning("tied copies: %d elements of %s differed and were made equal", off, moment or "the weight")
-            pipe.write_whole(stage.tied_weight, theirs.cpu(), moment)
-
-
-def _layer_tensors(pipe: Pipeline, layer: int) -> Iterator[Tuple[str, Dict[str, torch.Tensor]]]:
-    parameters = named(pipe, layer)
-    yield manifest.layer_file(layer), {name: pipe.read_whole(p) for name, p in parameters.items()}
-    yield (
-        manifest.optim_file(layer),
-        {"%s::%s" % (name, moment): pipe.read_whole(p, moment) for name, p in parameters.items() for moment in pipe.moments},
-    )
-
-
-def write(path: Path, tensors: Dict[str, torch.Tensor]) -> Dict[str, Any]:
-    """-> its entry in the manifest. Raises RunFailed."""
-    try:
-        save_file(tensors, str(path), metadata={"format": "pt"})
-        _sync(path)
-        return manifest.file_entry(path)
-    except (OSError, SafetensorError) as error:  # a full disk is the latter
-        raise unwritable(path, error) from None
-
-
-def unwritable(path: Path, error: Union[OSError, SafetensorError]) -> RunFailed:
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return RunFailed("%s: cannot be written: %s. The last checkpoint is whole." % (path, reason))
-
-
-def _optimizer_steps(pipe: Pipeline) -> int:
-    state = pipe.base_optimizer.state[pipe.groups[0]["params"][0]]
-    return int(state.get("step", 0))
-
-
-def _document(pipe: Pipeline, step: int, feed: Dict[str, Any], everyone: List[Any]) -> Dict[str, Any]:
-    config, scaler = pipe.config, pipe.loss_scaler
-    files = {}  # type: Dict[str, Any]
-    for part, _, _ in everyone:
-        files.update(part)
-    return {
-        "format": manifest.FORMAT, "kind": "checkpoint", "family": pipe.dims.family, "tied": pipe.dims.tied,
-        "layers": pipe.dims.layers, "step": step, "run_name": config.run.name, "run_dtype": config.model.dtype,
-        "layer_dtype": "fp32", "files": files, "versions": compat.versions(),
-        "training": {
-            "optimizer": config.optim.type, "optimizer_steps": max(steps for _, steps, _ in everyone), "feed": feed,
-            "loss_scaler": {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)},
-        },
-    }  # fmt: skip
-
-
-def _complete(pipe: Pipeline, out: Path, aside: Path, final: Path, document: Dict[str, Any]) -> None:
-    for file in sorted((out / "resolved" / "model").iterdir()):
-        if file.is_file():
-            shutil.copyfile(str(file), str(aside / file.name))
-            _sync(aside / file.name)
-            document["files"][file.name] = manifest.file_entry(aside / file.name)
-    manifest.write(aside, document)
-    _sync(aside)
-    if final.exists():
-        shutil.rmtree(str(final))
-    os.replace(str(aside), str(final))
-    latest = final.parent / "latest"
-    latest.with_name(".latest").write_text(final.name + "\n", encoding="utf-8")
-    _sync(latest.with_name(".latest"))
-    os.replace(str(latest.with_name(".latest")), str(latest))
-    _sync(final.parent)
-
-
-def prune(written: Path, keep: int) -> None:
-    """Delete what the run will not go back to: checkpoints newer than the one just ``written`` (a resume passed them over, they
-    are broken), older ones that are not whole, and all but the ``keep`` newest whole ones. Other names are not touched."""
-    step, kept = run_folder.step_of(written), 1
-    for found in run_folder.checkpoints(written.parent):
-        if found == written:
-            continue
-        if run_folder.step_of(found) < step and kept < keep and _whole(found):
-            kept += 1
-            continue
-        try:
-            shutil.rmtree(str(found))
-        except OSError as error:
-            log.warning("%s: cannot be deleted: %s", found, error.strerror)
-
-
-def _whole(found: Path) -> bool:
-    try:
-        manifest.read(found)
-    except UserError:
-        return False
-    return True
-
-
-def _sync(path: Path) -> None:
-    """Data or directory entries on disk before anything that refers to them."""
-    handle = os.open(str(path), os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            raise checkpoint_folder.unwritable(aside / name, error) from None
+    return entries

@@ -79,7 +79,7 @@ class Loop:
         report: Optional[Report],
     ) -> None:
         self.pipe, self.config, self.out = pipe, pipe.config, out
-        self.feed, self.eval_feed, self.total, self.facts = feed, eval_feed, total, facts
+        self.feed, self.eval_feed, self.total = feed, eval_feed, total
         self.metrics, self.report = metrics, report
         self.memory: List[float] = []
         self.losses: List[float] = []
@@ -87,6 +87,7 @@ class Loop:
         self.saves = 0  # how many saves that were wished for have been made
         self.limit = OverflowLimit(self.config.optim.loss_scale)
         self.pulse = pipe.watched.pulse
+        self.saver = checkpoint.Saver(pipe, out, facts)
 
     def run(self, done: int) -> Dict[str, Any]:
         """-> the summary that ends the run (rank 0's; the same numbers on every rank), after a stop that was wished for too.
@@ -112,7 +113,9 @@ class Loop:
             self._show(number, result.loss, rows, began, done, line)
             started = time.perf_counter()
             if stop or saves > self.saves or self._due(number, self.config.train.save_every):
-                self._save(number)
+                self.pulse.tick("saving")
+                self.saver.save(number)
+            self._saved(self.saver.finish() if stop or number == self.total else self.saver.poll())
             self.saves = saves
             if stop:
                 return dict(self._summary(number, time.perf_counter() - began), stopped=True)
@@ -185,17 +188,15 @@ class Loop:
                 "epoch": rows.epoch, "eta_s": left, "line": line,
             })  # fmt: skip
 
-    def _save(self, number: int) -> None:
-        started = time.perf_counter()
-        self.pulse.tick("saving")
-        path = checkpoint.save(self.pipe, self.out, number, self.facts)
-        self._write("save", step=number, path=str(path.relative_to(self.out)), seconds=round(time.perf_counter() - started, 3))
+    def _saved(self, finished: List[Dict[str, Any]]) -> None:
+        for fields in finished:
+            self._write("save", **fields)
 
     def _evaluate(self, number: int) -> None:
         """Mean loss over all learnt tokens of the evaluation data."""
         assert self.eval_feed is not None
         total, weight = 0.0, 0
-        for step in range(self.eval_feed.steps_in_epoch(0)):
+        for step in range(self.eval_feed.steps_per_epoch):
             rows = self.eval_feed.at(step)
             total += self.pipe.evaluate(self._mine(rows), rows.learnt_tokens) * rows.learnt_tokens
             weight += rows.learnt_tokens

@@ -20,6 +20,7 @@ FORMAT = "pipedock-layers/1"
 KINDS = ("checkpoint", "from-hf")
 DTYPES = ("fp32", "bf16", "fp16")
 NAME = "manifest.json"
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}  # what optim_XXX.safetensors holds per parameter
 
 # key -> what it must be; "step" and "run_name" are None in a from-hf folder
 KEYS: Dict[str, Any] = {

@@ -1,5 +1,6 @@
 """Whose run a folder is: its lock, the checkpoint to go on from, and whether it is still the same run."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -21,6 +22,7 @@ Say = Callable[[str], None]  # takes a line for the user
 
 _locks: Dict[str, IO[str]] = {}  # open until this process ends: closing the file gives the lock up
 OURS = {".lock", "metrics.jsonl", "resolved", "checkpoints"}  # any of these makes a folder a run's
+ASIDE, OLD = ".tmp-", ".old-"  # see checkpoint_folder
 STEP = re.compile(r"step_[0-9]+")
 FRESH = "Start it with --resume auto, or give run.out another folder."
 
@@ -58,8 +60,25 @@ def take(out: Path, where: str, say: Say) -> None:
         file.truncate(0)
         file.write("%d\n" % os.getpid())
         file.flush()
-    for left in (out / "checkpoints").glob(".tmp-*"):
+    _clear(out / "checkpoints")
+
+
+def _clear(parent: Path) -> None:
+    """Delete what a save that was cut short has left, and put back the folder it was about to replace."""
+    for left in parent.glob(OLD + "*"):
+        place = parent / left.name[len(OLD) :]
+        if place.exists():
+            shutil.rmtree(str(left), ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):  # then an older checkpoint is the newest
+                os.replace(str(left), str(place))
+    for left in parent.glob(ASIDE + "*"):
         shutil.rmtree(str(left), ignore_errors=True)
+
+
+def old_of(checkpoint: Path) -> Path:
+    """Where a checkpoint goes while another one takes its place."""
+    return checkpoint.with_name(OLD + checkpoint.name)
 
 
 def checkpoints(parent: Path) -> List[Path]:

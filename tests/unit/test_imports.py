@@ -13,12 +13,12 @@ PACKAGES = ("pipeline_train", "export", "serve", "verbs")
 # Lowest first: a module may import its own row and the rows above it in this list.
 ROWS = [
     {"errors", "pulse", "watch"},
-    {"families", "manifest", "data.records", "data.shapes", "data.files", "data.template"},
-    {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder", "loss_scale"},
+    {"families", "manifest", "host", "data.records", "data.shapes", "data.files", "data.template"},
+    {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder", "checkpoint_folder", "loss_scale"},
     {"compat"},
     {"models", "data", "plan"},
     {"stages", "weights", "instructions"},
-    {"engine", "checkpoint", "metrics", "sinks"},
+    {"engine", "checkpoint", "masters", "metrics", "sinks"},
     {"loop", "worker", "selftest"},
     {"prepare"},
     {"launch", "report", "selftest_run"},

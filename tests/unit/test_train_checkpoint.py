@@ -1,135 +1,265 @@
-"""Which checkpoints are kept, and what a full disk says: no pipeline is started."""
+"""checkpoint.Saver: what it writes and when, with one rank and no pipeline; crashes are in test_train_crash.py."""
 
 import errno
+import logging
 import os
+import stat
+import threading
 
 import pytest
 
+torch = pytest.importorskip("torch")
 pytest.importorskip("deepspeed")
-import torch  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
-from pipeline_train import checkpoint, manifest  # noqa: E402
+from pipeline_train import checkpoint, config, families, host, manifest  # noqa: E402
 from pipeline_train.errors import RunFailed  # noqa: E402
+from pipeline_train.models import build_layer  # noqa: E402
+from tests.models import tiny_config  # noqa: E402
 
 
-def make(parent, name, whole=True):
-    folder = parent / name
-    folder.mkdir(parents=True)
-    (folder / manifest.layer_file(0)).write_bytes(b"x")
-    files = {manifest.layer_file(0): manifest.file_entry(folder / manifest.layer_file(0))}
-    manifest.write(folder, {
-        "format": manifest.FORMAT, "kind": "checkpoint", "family": "llama", "run_dtype": "fp32", "layer_dtype": "fp32",
-        "tied": True, "layers": 1, "step": int(name[5:11]), "files": files, "versions": {}, "run_name": "",
-        "training": {"optimizer": "adamw", "optimizer_steps": 1, "feed": {}, "loss_scaler": {}},
-    })  # fmt: skip
-    if not whole:
-        (folder / manifest.layer_file(0)).write_bytes(b"")
-    return folder
+@pytest.fixture(scope="module", autouse=True)
+def alone(tmp_path_factory):
+    """A process group of one."""
+    store = tmp_path_factory.mktemp("store") / "file"
+    dist.init_process_group("gloo", init_method="file://%s" % store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
-def names(parent):
-    return sorted(p.name for p in parent.iterdir())
+class Pulse:
+    def tick(self, doing):
+        pass
 
 
-def test_the_newest_whole_ones_are_kept(tmp_path):
-    for step in (2, 4, 6):
-        make(tmp_path, "step_%06d" % step)
-    checkpoint.prune(make(tmp_path, "step_000008"), 2)
-    assert names(tmp_path) == ["step_000006", "step_000008"]
-    checkpoint.prune(tmp_path / "step_000008", 1)
-    assert names(tmp_path) == ["step_000008"]
-
-
-def test_broken_newer_ones_go_and_the_one_just_written_stays(tmp_path):
-    make(tmp_path, "step_000004")
-    for step in (8, 12, 16):
-        make(tmp_path, "step_%06d" % step, whole=False)  # a resume from 4 passed them over
-    (make(tmp_path, "step_000020") / manifest.layer_file(0)).write_bytes(b"y")  # this one too: another hash, the same size
-    checkpoint.prune(make(tmp_path, "step_000006"), 2)
-    assert names(tmp_path) == ["step_000004", "step_000006"]
-
-
-def test_broken_older_ones_do_not_count(tmp_path):
-    make(tmp_path, "step_000002")
-    make(tmp_path, "step_000004", whole=False)
-    checkpoint.prune(make(tmp_path, "step_000006"), 2)
-    assert names(tmp_path) == ["step_000002", "step_000006"]
-
-
-def test_other_names_are_left_alone(tmp_path):
-    make(tmp_path, "step_000002.bak")
-    (tmp_path / "step_000001").write_text("a file")
-    (tmp_path / "step_best").mkdir()
-    checkpoint.prune(make(tmp_path, "step_000006"), 1)
-    assert names(tmp_path) == ["step_000001", "step_000002.bak", "step_000006", "step_best"]
-
-
-@pytest.mark.parametrize("error", [
-    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-])  # fmt: skip
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch, error):
-    def full(*arguments, **options):
-        raise error
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(RunFailed) as failed:
-        checkpoint.write(tmp_path / "layer_000.safetensors", {"w": torch.zeros(3)})
-    message = str(failed.value)
-    assert message.startswith("%s: cannot be written: " % (tmp_path / "layer_000.safetensors"))
-    assert "No space left on device" in message and message.endswith(". The last checkpoint is whole.")
-
-
-class Stage:
-    """What checkpoint.save asks of a pipeline, with one rank and one layer."""
-
-    layers, tied_weight = {0: torch.nn.Linear(2, 2, bias=False)}, None
+class Watched:
+    pulse = Pulse()
 
 
 class Pipe:
-    stage, data_rank, moments, base_optimizer = Stage(), 0, (), None
+    """What a Saver asks of a pipeline: one rank that has all layers; a moment is its weight plus 1 or 2."""
 
-    class config:
-        class parallel:
-            data = 1
+    cuda, data_rank, loss_scaler, watched = False, 0, None, Watched()
+
+    def __init__(self, family="llama", **train):
+        self.config = config.parse({
+            "run": {"out": "x"}, "model": {"path": "x", "dtype": "fp32"}, "data": {"train": "x"}, "parallel": {"pipe": 1},
+            "train": train,
+        })  # fmt: skip
+        self.dims = families.dims_of(tiny_config(family))
+        self.stage = type("Stage", (), {"tied_weight": None})()
+        self.stage.layers = {layer: build_layer(self.dims, layer) for layer in range(self.dims.layers)}
+        self.moments = manifest.MOMENTS[self.config.optim.type]
+        self.steps = 0
+        self.set(0)
+
+    def set(self, step):
+        """As if ``step`` steps were done."""
+        self.steps = step
+        with torch.no_grad():
+            for layer in self.stage.layers.values():
+                for parameter in layer.parameters():
+                    parameter.fill_(float(step))
+
+    @property
+    def groups(self):
+        return [{"params": ["flat"]}]
+
+    @property
+    def base_optimizer(self):
+        return type("Optimizer", (), {"state": {"flat": {"step": self.steps}}})
 
     def read_whole(self, parameter, moment=None):
-        return parameter.detach()
+        return parameter.detach().clone() + (0 if moment is None else 1 + self.moments.index(moment))
 
 
 @pytest.fixture
-def one_rank(monkeypatch):
-    def alone(into, value):
-        into[0] = value
-
-    monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(checkpoint.dist, "barrier", lambda: None)
-    monkeypatch.setattr(checkpoint.dist, "all_gather_object", alone)
-    monkeypatch.setattr(checkpoint, "_optimizer_steps", lambda pipe: 1)
+def out(tmp_path):
+    (tmp_path / "resolved" / "model").mkdir(parents=True)
+    (tmp_path / "resolved" / "model" / "config.json").write_text("{}")
+    return tmp_path
 
 
-def test_a_save_that_fails_leaves_nothing_and_touches_no_checkpoint(tmp_path, monkeypatch, one_rank):
-    before = make(tmp_path / "checkpoints", "step_000002")
+@pytest.fixture
+def gate(monkeypatch):
+    """Files are written only after gate.set()."""
+    opened = threading.Event()
+    write = checkpoint.write_file
 
-    def full(tensors, path, metadata):
-        open(path, "wb").write(b"half")
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    def wait(path, tensors):
+        assert opened.wait(30)
+        return write(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(RunFailed, match="layer_000.safetensors: cannot be written: .* The last checkpoint is whole.$"):
-        checkpoint.save(Pipe(), tmp_path, 4, {})
-    assert names(tmp_path / "checkpoints") == ["step_000002"] and manifest.read(before)
+    monkeypatch.setattr(checkpoint, "write_file", wait)
+    yield opened
+    opened.set()
 
 
-def test_a_disk_that_is_full_at_the_end_of_a_save(tmp_path, monkeypatch, one_rank):
+def names(out):
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+def holds(out, step, value=None):
+    """The checkpoint is whole and all its weights and moments are those of ``step``."""
+    folder = checkpoint.folder(out, step)
+    manifest.check_hashes(folder)
+    document = manifest.read(folder)
+    assert document["step"] == document["training"]["optimizer_steps"] == step and document["training"]["feed"] == {"data": "d"}
+    for layer in range(document["layers"]):
+        for tensor in load_file(str(folder / manifest.layer_file(layer))).values():
+            assert tensor.unique().tolist() == [step]
+        for name, tensor in load_file(str(folder / manifest.optim_file(layer))).items():
+            assert tensor.unique().tolist() == [step + 1 + ("exp_avg", "exp_avg_sq").index(name.split("::")[1])]
+    return True
+
+
+@pytest.mark.parametrize("wished", [True, False])
+def test_a_save_holds_its_step_and_is_reported_once(out, wished):
+    pipe = Pipe(async_save=wished)
+    saver = checkpoint.Saver(pipe, out, {"data": "d"})
+    assert saver.poll() == []
+    pipe.set(3)
+    saver.save(3)
+    finished = saver.finish()
+    assert holds(out, 3) and [(f["step"], f["path"], f["asynchronous"]) for f in finished] == [
+        (3, "checkpoints/step_000003", wished)
+    ]
+    assert 0 <= finished[0]["stall_s"] and 0 < finished[0]["seconds"]
+    assert saver.poll() == saver.finish() == []
+
+
+def test_behind_the_next_steps_the_old_weights_are_written(out, gate):
+    pipe = Pipe()
+    saver = checkpoint.Saver(pipe, out, {"data": "d"})
+    pipe.set(3)
+    saver.save(3)
+    assert saver.poll() == []
+    pipe.set(4)  # the next step
+    assert saver.poll() == [] and names(out) == [".tmp-step_000003"]
+    gate.set()
+    assert [fields["step"] for fields in saver.finish()] == [3] and holds(out, 3)
+
+
+def test_a_second_save_waits_for_the_first(out, gate):
+    pipe = Pipe()
+    saver = checkpoint.Saver(pipe, out, {"data": "d"})
+    pipe.set(3)
+    saver.save(3)
+    pipe.set(5)
+    threading.Timer(0.3, gate.set).start()
+    saver.save(5)
+    finished = saver.finish()
+    assert [fields["step"] for fields in finished] == [3, 5] and holds(out, 3) and holds(out, 5)
+    assert finished[0]["stall_s"] > 0.1  # the wait is the first one's: it was not done
+
+
+def test_the_same_step_is_saved_once(out):
+    pipe = Pipe()
+    saver = checkpoint.Saver(pipe, out, {"data": "d"})
+    pipe.set(3)
+    saver.save(3)
+    saver.save(3)
+    assert len(saver.finish()) == 1
+    saver.save(3)
+    assert saver.finish() == []
+
+
+@pytest.mark.parametrize("free", [None, 10000])
+def test_without_the_memory_training_waits_and_the_log_says_so(out, monkeypatch, caplog, free):
+    monkeypatch.setattr(host, "available_memory", lambda: free)
+    pipe = Pipe()
+    saver = checkpoint.Saver(pipe, out, {"data": "d"})
+    pipe.set(2)
+    with caplog.at_level(logging.WARNING, "pipedock"):
+        saver.save(2)
+    assert [fields["asynchronous"] for fields in saver.poll()] == [False] and holds(out, 2)
+    values = sum(p.numel() for layer in pipe.stage.layers.values() for p in layer.parameters())
+    assert (
+        "train.async_save: %s of host memory are not free twice: training waits for this save" % host.size(12 * values)
+        in caplog.text
+    )
+
+
+def test_just_enough_memory_is_enough(out, monkeypatch):
+    pipe = Pipe()
+    saver = checkpoint.Saver(pipe, out, {"data": "d"})
+    values = sum(p.numel() for layer in pipe.stage.layers.values() for p in layer.parameters())
+    for free, wanted in ((2 * 12 * values, True), (2 * 12 * values - 1, False)):
+        monkeypatch.setattr(host, "available_memory", lambda free=free: free)
+        pipe.set(pipe.steps + 1)
+        saver.save(pipe.steps)
+        assert [fields["asynchronous"] for fields in saver.finish()] == [wanted]
+
+
+@pytest.mark.parametrize("wished", [True, False])
+@pytest.mark.parametrize("error, words", [
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "layer_002.safetensors: cannot be written: No space left on device. The"),
+    (ValueError("odd"), "odd"),
+])  # fmt: skip
+def test_a_save_that_fails_leaves_nothing_and_touches_no_checkpoint(out, monkeypatch, wished, error, words):
+    pipe = Pipe(async_save=wished)
+    saver = checkpoint.Saver(pipe, out, {"data": "d"})
+    pipe.set(2)
+    saver.save(2)
+    saver.finish()
+    write = checkpoint.write_file
+
+    def full(path, tensors):
+        if path.name == manifest.layer_file(2):
+            raise error
+        return write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_file", full)
+    with pytest.raises(RunFailed, match=words):
+        saver.save(4)
+        saver.finish()
+    assert names(out) == ["latest", "step_000002"] and holds(out, 2)
+
+
+@pytest.mark.parametrize("wished", [True, False])
+def test_a_disk_that_is_full_at_the_end_of_a_save(out, monkeypatch, wished):
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "_document", lambda *arguments: {"files": {}})
-    monkeypatch.setattr(checkpoint.manifest, "write", full)
-    (tmp_path / "resolved" / "model").mkdir(parents=True)
+    monkeypatch.setattr(checkpoint.checkpoint_folder.manifest, "write", full)
+    saver = checkpoint.Saver(Pipe(async_save=wished), out, {})
     with pytest.raises(RunFailed, match="step_000004: cannot be written: No space left on device. The last checkpoint is whole.$"):
-        checkpoint.save(Pipe(), tmp_path, 4, {})
-    assert names(tmp_path / "checkpoints") == []
+        saver.save(4)
+        saver.finish()
+    assert names(out) == []
+
+
+def test_no_room_stops_the_save_before_it_begins(out, monkeypatch):
+    saver = checkpoint.Saver(Pipe(), out, {})
+    saver.needed = 2**60
+    with pytest.raises(RunFailed, match="step_000004: a checkpoint needs 1073741824.00 GiB, only .* GiB are free on that disk"):
+        saver.save(4)
+    assert names(out) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_the_space_asked_for_is_the_space_taken(out, family):
+    pipe = Pipe(family, async_save=False)
+    saver = checkpoint.Saver(pipe, out, {"data": "d"})
+    saver.save(1)
+    taken = sum(path.stat().st_size for path in checkpoint.folder(out, 1).iterdir())
+    assert taken <= saver.needed < taken + 2**20 + 2**17
+
+
+def test_a_checkpoints_files_have_the_modes_of_the_umask(out):
+    before = os.umask(0o027)
+    try:
+        saver = checkpoint.Saver(Pipe(async_save=False), out, {})
+        saver.save(1)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in checkpoint.folder(out, 1).iterdir()} == {0o640}
+
+
+def test_only_the_newest_are_kept(out):
+    saver = checkpoint.Saver(Pipe(keep=2), out, {})
+    for step in (1, 2, 3):
+        saver.save(step)
+    saver.finish()
+    assert names(out) == ["latest", "step_000002", "step_000003"]

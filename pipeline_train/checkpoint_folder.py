@@ -1,0 +1,129 @@
+"""How a checkpoint comes to be on disk, and how an old one goes: the order of the steps is what a crash cannot break.
+
+    .tmp-step_000400   being written, or being deleted: never looked at, cleared away by the next save or start
+    .old-step_000400   the folder that a new step_000400 takes the place of; put back by the next start if that was cut short
+    step_000400        whole
+
+A folder gets its name step_* by one rename, after all its files, its manifest and its directory are on disk. Only when that
+rename is on disk too does ``latest`` point at it, and only then does an older one go, which loses its name by one rename as well.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Dict
+
+from . import host, manifest, run_folder
+from .errors import RunFailed, UserError
+from .families import FAMILIES, Dims
+
+log = logging.getLogger("pipedock")
+BLOCK = 4096  # what a file or a folder may take beyond its bytes
+SLACK = 1 << 20  # manifest, config and the file system's own
+
+
+def folder(out: Path, step: int) -> Path:
+    return out / "checkpoints" / ("step_%06d" % step)
+
+
+def aside_of(final: Path) -> Path:
+    return final.with_name(run_folder.ASIDE + final.name)
+
+
+def nbytes(dims: Dims, optimizer: str) -> int:
+    """Disk space of one checkpoint, tokenizer files not counted: fp32 weights and moments."""
+    values = sum(FAMILIES[dims.family].layer_params(dims, layer) for layer in range(dims.layers))
+    return 4 * values * (1 + len(manifest.MOMENTS[optimizer])) + 2 * BLOCK * dims.layers + SLACK
+
+
+def begin(final: Path, needed: int) -> None:
+    """Make room and an empty folder aside for ``final``. Raises RunFailed when the disk has not ``needed`` bytes left."""
+    aside = aside_of(final)
+    try:
+        for left in final.parent.glob(run_folder.ASIDE + "*"):
+            shutil.rmtree(str(left))
+        aside.mkdir(parents=True)
+        sync(final.parent.parent)
+        free = shutil.disk_usage(str(aside)).free
+        if free < needed:
+            aside.rmdir()
+            raise RunFailed("%s: a checkpoint needs %s, only %s are free on that disk; make room or lower train.keep. "
+                            "The last checkpoint is whole." % (final, host.size(needed), host.size(free)))  # fmt: skip
+    except OSError as error:
+        raise unwritable(aside, error) from None
+
+
+def complete(final: Path, document: Dict[str, Any], beside: Path) -> None:
+    """Add copies of the files in ``beside`` and the manifest to the folder aside, and give it its name. Raises OSError."""
+    aside, parent = aside_of(final), final.parent
+    for file in sorted(beside.iterdir()):
+        if file.is_file():
+            document["files"][file.name] = copy(file, aside / file.name)
+    manifest.write(aside, document)
+    sync(aside)
+    if final.exists():  # a resume passed it over and has come by again
+        shutil.rmtree(str(run_folder.old_of(final)), ignore_errors=True)
+        os.replace(str(final), str(run_folder.old_of(final)))
+    os.replace(str(aside), str(final))
+    sync(parent)
+    (parent / ".latest").write_text(final.name + "\n", encoding="utf-8")
+    sync(parent / ".latest")
+    os.replace(str(parent / ".latest"), str(parent / "latest"))
+    sync(parent)
+    shutil.rmtree(str(run_folder.old_of(final)), ignore_errors=True)
+
+
+def abandon(final: Path) -> None:
+    shutil.rmtree(str(aside_of(final)), ignore_errors=True)
+
+
+def prune(written: Path, keep: int) -> None:
+    """Delete what the run will not go back to: checkpoints newer than the one just ``written`` (a resume passed them over, they
+    are broken), older ones that are not whole, and all but the ``keep`` newest whole ones. Other names are not touched."""
+    step, kept = run_folder.step_of(written), 1
+    for found in run_folder.checkpoints(written.parent):
+        if found == written:
+            continue
+        if run_folder.step_of(found) < step and kept < keep and _whole(found):
+            kept += 1
+            continue
+        try:
+            os.replace(str(found), str(aside_of(found)))  # half deleted, it must not look like a checkpoint
+            shutil.rmtree(str(aside_of(found)))
+        except OSError as error:
+            log.warning("%s: cannot be deleted: %s", found, error.strerror)
+
+
+def _whole(found: Path) -> bool:
+    try:
+        manifest.read(found)
+    except UserError:
+        return False
+    return True
+
+
+def copy(source: Path, target: Path) -> Dict[str, Any]:
+    """Copy a file to disk; -> its entry in a manifest."""
+    digest, written = hashlib.sha256(), 0
+    with open(str(source), "rb") as reading, open(str(target), "wb") as writing:
+        for block in iter(lambda: reading.read(1 << 22), b""):
+            digest.update(block)
+            written += writing.write(block)
+        writing.flush()
+        os.fsync(writing.fileno())
+    return {"size": written, "sha256": digest.hexdigest()}
+
+
+def sync(path: Path) -> None:
+    """Data or directory entries on disk before anything that refers to them."""
+    handle = os.open(str(path), os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def unwritable(path: Path, error: OSError) -> RunFailed:
+    return RunFailed("%s: cannot be written: %s. The last checkpoint is whole." % (path, error.strerror or error))

@@ -1,0 +1,106 @@
+"""The fp32 master weights and moments of a rank by layer and parameter name: filled, read, and made equal where tied.
+
+With ZeRO-1 each replica holds a piece of every master weight; Pipeline.read_whole puts them together.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, Tuple
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from . import manifest
+from .engine import Pipeline
+from .models import build_layer, init_layer
+from .weights import open_source
+
+log = logging.getLogger("pipedock")
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what the loss scaler remembers
+
+
+def named(pipe: Pipeline, layer: int) -> Dict[str, torch.nn.Parameter]:
+    """Slot name -> parameter of a layer of this rank; a shared tied weight appears in both layers."""
+    return dict(pipe.stage.layers[layer].named_parameters())
+
+
+def start(pipe: Pipeline) -> None:
+    """Fill this rank's layers from model.path, or from scratch when model.init is random. Only its own layers are read."""
+    config = pipe.config
+    source = open_source(config.model.path) if config.model.init == "pretrained" else None
+    for layer in pipe.stage.layers:
+        if source is not None:
+            values = source.layer(layer)
+        else:
+            fresh = build_layer(pipe.dims, layer)
+            init_layer(fresh, pipe.dims, layer, config.run.seed)
+            values = fresh.state_dict()
+        for name, parameter in named(pipe, layer).items():
+            pipe.write_whole(parameter, values[name])
+    pipe.set_steps(0)
+
+
+def load(pipe: Pipeline, path: Path) -> int:
+    """Fill weights, moments, step counters and loss scaler from a checkpoint; -> the number of steps it has done."""
+    document = manifest.read(path)
+    state = document["training"]
+    pipe.set_steps(state["optimizer_steps"])
+    for layer in pipe.stage.layers:
+        parameters = named(pipe, layer)
+        with safe_open(str(path / manifest.layer_file(layer)), framework="pt") as file:
+            for name, parameter in parameters.items():
+                pipe.write_whole(parameter, file.get_tensor(name))
+        with safe_open(str(path / manifest.optim_file(layer)), framework="pt") as file:
+            for name, parameter in parameters.items():
+                for moment in pipe.moments:
+                    pipe.write_whole(parameter, file.get_tensor("%s::%s" % (name, moment)), moment)
+    if pipe.loss_scaler is not None:
+        for key, value in state["loss_scaler"].items():
+            setattr(pipe.loss_scaler, key, value)
+    return int(document["step"])
+
+
+def settle_ties(pipe: Pipeline) -> None:
+    """Give the head's copy the embedding's values where they differ.
+
+    They do not differ with one or two replicas. With more, an all-reduce may add the replicas up in another order on the
+    last stage than on the first, and a gradient then differs in its last bit."""
+    stage = pipe.stage
+    if stage.tied_weight is None:
+        return
+    mine = [pipe.read_whole(stage.tied_weight, moment) for moment in (None,) + pipe.moments]
+    first = pipe.stage.topology().get_rank(pipe=0, data=pipe.data_rank)
+    for moment, value in zip((None,) + pipe.moments, mine):
+        theirs = value.clone().to(stage.tied_weight.device)
+        dist.broadcast(theirs, src=first, group=stage.tied_group)
+        off = int((theirs.cpu() != value).sum())
+        if off:
+            log.warning("tied copies: %d elements of %s differed and were made equal", off, moment or "the weight")
+            pipe.write_whole(stage.tied_weight, theirs.cpu(), moment)
+
+
+def writes(pipe: Pipeline, layer: int) -> bool:
+    return layer % pipe.config.parallel.data == pipe.data_rank
+
+
+def files(pipe: Pipeline, layers: Iterable[int]) -> Iterator[Tuple[str, Dict[str, torch.Tensor]]]:
+    """Those files of ``layers`` that this replica writes: name, tensors. All replicas of a stage must ask for the same layers
+    together: each holds a piece of every tensor."""
+    for layer in layers:
+        parameters = named(pipe, layer)
+        weights = {name: pipe.read_whole(p) for name, p in parameters.items()}
+        if writes(pipe, layer):
+            yield manifest.layer_file(layer), weights
+        moments = {"%s::%s" % (name, m): pipe.read_whole(p, m) for name, p in parameters.items() for m in pipe.moments}
+        if writes(pipe, layer):
+            yield manifest.optim_file(layer), moments
+
+
+def optimizer_steps(pipe: Pipeline) -> int:
+    state = pipe.base_optimizer.state[pipe.groups[0]["params"][0]]
+    return int(state.get("step", 0))
+
+
+def scaler_state(pipe: Pipeline) -> Dict[str, Any]:
+    return {key: getattr(pipe.loss_scaler, key) for key in SCALER if hasattr(pipe.loss_scaler, key)}
