@@ -13,6 +13,18 @@ fail() {
   exit 1
 }
 
+# step WHAT COMMAND...: quiet but alive; the whole output goes to the file $LOG, its end is shown when it fails.
+step() {
+  local what=$1 begin=$SECONDS
+  shift
+  say "$what ..."
+  "$@" >>"$LOG" 2>&1 || {
+    grep -v '^WARNING: Location ' "$LOG" | tail -n 25 >&2
+    fail "$what: failed; the whole output is in $LOG"
+  }
+  say "$what: done in $((SECONDS - begin)) s"
+}
+
 # tool NAME==VERSION COMMAND: a checker from the package registry, in a venv of its own beside pipedock's; sets TOOLS to its bin folder.
 tool() {
   TOOLS=$VENV/tools/bin

@@ -25,18 +25,6 @@ identity() {
   { echo "$ROOT"; "$VENV/bin/python" -V; cat "$ROOT/pyproject.toml" "$CONSTRAINTS" "$ROOT/ci/install.sh" "$ROOT/ci/install_torch.py"; } | sha256sum
 }
 
-# step WHAT COMMAND...: quiet but alive; the whole output is in the log, its end is shown when it fails.
-step() {
-  local what=$1 begin=$SECONDS
-  shift
-  say "$what ..."
-  "$@" >>"$LOG" 2>&1 || {
-    grep -v '^WARNING: Location ' "$LOG" | tail -n 25 >&2
-    fail "$what: failed; the whole output is in $LOG"
-  }
-  say "$what: done in $((SECONDS - begin)) s"
-}
-
 if [ -x "$VENV/bin/pipedock" ] && [ -f "$STAMP" ] && [ "$(identity)" = "$(cat "$STAMP")" ]; then
   exit 0
 fi

@@ -1,5 +1,6 @@
 """Installs the locked torch into the running interpreter's environment: the CPU build where it can be had.
 
+The lock is ci/constraints-current.txt, or the file named as the argument.
 PyTorch's own CPU wheel index when it answers within seconds, else whatever pip is configured for: PyPI's build for Linux also runs
 on a CPU, it only brings several GB of CUDA libraries along.
 """
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import List
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-CONSTRAINTS = Path(__file__).resolve().parent / "constraints-current.txt"
+CONSTRAINTS = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent / "constraints-current.txt"
 PROBE = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5).read(1)"
 
 

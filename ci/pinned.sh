@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# The pinned stack (Python 3.8, torch 1.13.1, DeepSpeed 0.9.2, transformers 4.30.2) in an environment of its own: the unit, parity,
+# round-trip, gradient and resume tests on it, then one run continued from this stack to the current one and back. Arguments go to pytest.
+# Exit 77: no Python 3.8 is here, nothing was tested. PIPEDOCK_PINNED_PYTHON names one, PIPEDOCK_PINNED_VENV another folder.
+set -euo pipefail
+# shellcheck source=ci/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+PINNED=${PIPEDOCK_PINNED_VENV:-$ROOT/.venv-pinned}
+case $PINNED in /*) ;; *) PINNED=$PWD/$PINNED ;; esac
+CONSTRAINTS=$ROOT/ci/constraints-pinned.txt
+STAMP=$PINNED/pipedock-installed
+LOG=$PINNED/install.log
+
+# pyenv's, or the one a base image brings.
+find_python() {
+  local name
+  for name in ${PIPEDOCK_PINNED_PYTHON:-"${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.8.*/bin/python python3.8 python3}; do
+    "$name" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 8))' 2>/dev/null && command -v "$name" && return
+  done
+  say "pinned: SKIPPED, no Python 3.8 with venv is here (pyenv install 3.8, or PIPEDOCK_PINNED_PYTHON)"
+  exit 77
+}
+
+# What the installation depends on: another answer means install again.
+identity() {
+  { echo "$ROOT"; "$PINNED/bin/python" -V; cat "$ROOT/pyproject.toml" "$CONSTRAINTS" "$ROOT"/ci/{pinned.sh,install_torch.py}; } | sha256sum
+}
+
+install() {
+  if ! "$PINNED/bin/python" -m pip --version >/dev/null 2>&1; then
+    # --clear empties the folder: only one that is ours to empty.
+    [ -z "$(ls -A "$PINNED" 2>/dev/null)" ] || [ -f "$PINNED/pyvenv.cfg" ] || fail "$PINNED is not empty and no virtual environment; name another PIPEDOCK_PINNED_VENV"
+    say "creating $PINNED with $PYTHON"
+    "$PYTHON" -m venv --clear "$PINNED"
+  fi
+  rm -f "$STAMP"
+  : >"$LOG"
+  local pip=("$PINNED/bin/python" -m pip install -c "$CONSTRAINTS" --progress-bar off)
+  step "installing the tools that build DeepSpeed" "${pip[@]}" setuptools wheel
+  step "installing torch" "$PINNED/bin/python" "$ROOT/ci/install_torch.py" "$CONSTRAINTS"
+  step "installing pipedock and its libraries" "${pip[@]}" -e "${ROOT}[train,test,parquet,json5]" lion-pytorch
+  identity >"$STAMP"
+}
+
+PYTHON=$(find_python)
+[ -f "$STAMP" ] && [ "$(identity)" = "$(cat "$STAMP")" ] || install
+# The other stack, for tests/integration/test_two_stacks.py; without it they are skipped.
+[ ! -x "$VENV/bin/pipedock" ] || export PIPEDOCK_OTHER_PYTHON=$VENV/bin/python
+cd "$ROOT"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$PINNED/bin/python" -m pytest -p no:cacheprovider --ignore-glob='*/test_serve_*' \
+  tests/unit tests/parity tests/roundtrip tests/integration "$@"
