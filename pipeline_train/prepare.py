@@ -179,9 +179,5 @@ def _total_steps(run: RunConfig, out: Path, pad_id: int, say: Say) -> int:
         pad_id=pad_id,
     )
     say("rows of %d tokens, %.1f %% filled" % (seq_len, 100 * opened.efficiency()))
-    total = 0
-    for epoch in range(run.train.epochs):
-        total += opened.steps_in_epoch(epoch)
-        if run.train.max_steps is not None and total >= run.train.max_steps:
-            return run.train.max_steps
-    return total
+    total = run.train.epochs * opened.steps_per_epoch
+    return total if run.train.max_steps is None else min(total, run.train.max_steps)

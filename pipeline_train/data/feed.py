@@ -3,7 +3,10 @@
     <which>.ids.npy      int32 [N]     the ids of all samples
     <which>.learn.npy    bool  [N]     whether an id is to be predicted
     <which>.offsets.npy  int64 [S, 3]  of each sample: first id, positions n, line in the data file
+    <which>.by_length.npy, .classes.npy, .slots.npy, .starts.npy: what rows are made of (see packing.Packing)
     <which>.json                       statistics and the data hash
+
+All of them are mapped, and so shared by the processes of a machine; nothing is held for a step, an epoch or a sample.
 
 Position t of a sample holds ids[first + t] and has the target ids[first + t + 1] where that is learnt, so a sample of n positions
 reads n + 1 ids, and a long pretrain text cut into samples loses no target between them.
@@ -11,7 +14,7 @@ reads n + 1 ids, and a long pretrain text cut into samples loses no target betwe
 
 import json
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Union
+from typing import Any, Dict, List, NamedTuple, Tuple, Union
 
 import numpy as np
 
@@ -21,8 +24,6 @@ from .encode import IGNORED
 from .store import prepare
 
 __all__ = ["Feed", "StepRows", "prepare"]
-
-KEPT = 2  # layouts in memory: this epoch's and, at its border, the next one's
 
 
 class StepRows(NamedTuple):
@@ -57,8 +58,11 @@ class Feed:
         self._ids = arrays.load(folder / (which + ".ids.npy"))
         self._learn = arrays.load(folder / (which + ".learn.npy"))
         self._offsets = arrays.load(folder / (which + ".offsets.npy"))
-        self._layouts: Dict[int, packing.Layout] = {}
-        self._steps: List[int] = []  # steps of each epoch so far known
+        self._rows: Union[packing.Packing, packing.OnePerRow] = (
+            packing.Packing(*(arrays.load(folder / ("%s.%s.npy" % (which, name))) for name in packing.Packing._fields))
+            if pack
+            else packing.OnePerRow(len(self._offsets))
+        )
 
     @classmethod
     def open(
@@ -67,26 +71,18 @@ class Feed:
         """``which``: "train" or "eval", as written by ``prepare``. Raises UserError when it was prepared differently."""
         return cls(Path(folder), which, seq_len, rows_per_step, seed, pack, pad_id)
 
-    def layout(self, epoch: int) -> packing.Layout:
-        """Which samples are in which row of an epoch, memoised."""
-        if epoch not in self._layouts:
-            lengths = np.asarray(self._offsets[:, 1])
-            while len(self._layouts) >= KEPT:
-                self._layouts.pop(min(self._layouts))
-            if self.pack:
-                self._layouts[epoch] = packing.pack(lengths, self.seq_len, self.seed, epoch)
-            else:
-                self._layouts[epoch] = packing.one_per_row(len(lengths), self.seed, epoch)
-        return self._layouts[epoch]
+    @property
+    def rows(self) -> int:
+        """Of an epoch; every epoch has as many."""
+        return self._rows.rows
 
-    def efficiency(self, epoch: int = 0) -> float:
-        """Positions that hold a token, as a part of all positions of the epoch's rows."""
-        return packing.efficiency(self.layout(epoch), np.asarray(self._offsets[:, 1]), self.seq_len)
+    def efficiency(self) -> float:
+        """Positions that hold a token, as a part of all positions of an epoch's rows."""
+        return packing.efficiency(self.statistics["tokens"], self.rows, self.seq_len)
 
-    def steps_in_epoch(self, epoch: int) -> int:
-        while len(self._steps) <= epoch:
-            self._steps.append(-(-self.layout(len(self._steps)).rows // self.rows_per_step))
-        return self._steps[epoch]
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.rows // self.rows_per_step)
 
     def epoch_of(self, step: int) -> int:
         return self._place(step)[0]
@@ -94,20 +90,19 @@ class Feed:
     def at(self, step: int) -> StepRows:
         """The rows of one step, for any step and in any order."""
         epoch, local = self._place(step)
-        layout = self.layout(epoch)
         first = local * self.rows_per_step
-        last = min(first + self.rows_per_step, layout.rows)
+        last = min(first + self.rows_per_step, self.rows)
+        layout = self._rows.some(self.seed, epoch, first, last)
         shape = (self.rows_per_step, self.seq_len)
         ids = np.full(shape, self.pad_id, np.int64)
         targets = np.full(shape, IGNORED, np.int64)
         positions, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        samples = layout.members[layout.starts[first] : layout.starts[last]].tolist()
         tokens = learnt = 0
-        for row in range(first, last):
+        for row in range(last - first):
             end = 0
             for segment, sample in enumerate(layout.members[layout.starts[row] : layout.starts[row + 1]], 1):
                 start, length = int(self._offsets[sample, 0]), int(self._offsets[sample, 1])
-                place = (row - first, slice(end, end + length))
+                place = (row, slice(end, end + length))
                 ids[place] = self._ids[start : start + length]
                 positions[place] = np.arange(length)
                 segments[place] = segment
@@ -116,20 +111,16 @@ class Feed:
                 learnt += int(np.count_nonzero(learn))
                 end += length
             tokens += end
-        return StepRows(ids, positions, segments, targets, tokens, learnt, epoch, samples)
+        return StepRows(ids, positions, segments, targets, tokens, learnt, epoch, layout.members.tolist())
 
     def where(self, sample: int) -> str:
         """The data file and line of a sample."""
         return "%s:%d" % (self.statistics["file"], self._offsets[sample, 2])
 
-    def _place(self, step: int) -> "tuple[int, int]":
+    def _place(self, step: int) -> Tuple[int, int]:
         """(epoch, step within it)."""
         assert step >= 0, step
-        epoch = 0
-        while step >= self.steps_in_epoch(epoch):
-            step -= self.steps_in_epoch(epoch)
-            epoch += 1
-        return epoch, step
+        return divmod(step, self.steps_per_epoch)
 
 
 def _statistics(path: Path) -> Dict[str, Any]:

@@ -15,11 +15,11 @@ GREEN, PLAIN = "\x1b[1;32m", "\x1b[0m"
 
 
 def describe(feed: Feed, codec: TextCodec, folder: Path, which: str) -> Dict[str, Any]:
-    """The statistics of ``prepare`` and, for epoch 0: rows, packing_efficiency, steps; ``sample``: the first one in pieces."""
+    """The statistics of ``prepare`` and, for an epoch: rows, packing_efficiency, steps; ``sample``: the first one in pieces."""
     found = {k: v for k, v in feed.statistics.items() if k != "codec"}
-    found["rows"] = feed.layout(0).rows
-    found["packing_efficiency"] = round(feed.efficiency(0), 4)
-    found["steps_per_epoch"] = feed.steps_in_epoch(0)
+    found["rows"] = feed.rows
+    found["packing_efficiency"] = round(feed.efficiency(), 4)
+    found["steps_per_epoch"] = feed.steps_per_epoch
     found["sample"] = sample(codec, folder, which)
     return found
 

@@ -10,6 +10,7 @@ import numpy as np
 from ..config import RunConfig
 from ..errors import UserError
 from ..families import Dims
+from . import packing
 from .arrays import GrowingArray, load
 from .encode import Sequence, TextCodec
 from .records import Record, Tally, listing, read
@@ -138,7 +139,7 @@ class Encoder:
 
     def _hash(self) -> str:
         """Of all that is trained on, and of what made it."""
-        parts = [h.hexdigest() for h in self.hashes.values()] + [self.codec.identity(), self.seq_len]
+        parts = [h.hexdigest() for h in self.hashes.values()] + [self.codec.identity(), self.seq_len, packing.VERSION]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
 
     def finish(self, tally: Tally) -> Dict[str, Any]:
@@ -159,6 +160,8 @@ class Encoder:
         for file in self.files.values():
             file.close()
         lengths = np.asarray(load(self.folder / (self.which + ".offsets.npy"))[:, 1])
+        for name, array in packing.pack(lengths, self.seq_len)._asdict().items():
+            np.save(str(self.folder / ("%s.%s.npy" % (self.which, name))), array)
         result = {
             "file": tally.path, "records": tally.records, "bad": tally.bad, "bad_lines": tally.messages, "kinds": self.kinds,
             "samples": len(lengths), "tokens": int(lengths.sum()), "learnt_tokens": self.learnt, "seq_len": self.seq_len,
