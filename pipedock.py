@@ -17,6 +17,7 @@ from pipeline_train.errors import RunFailed, UserError
 VERBS = {
     "data": "verbs.data",
     "train": "verbs.train",
+    "report": "verbs.report",
     "migrate": "verbs.migrate",
     "from-hf": "verbs.from_hf",
     "to-hf": "verbs.to_hf",

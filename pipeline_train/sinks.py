@@ -80,13 +80,14 @@ def scalars(line: Dict[str, Any]) -> Dict[str, float]:
 
 
 class Launcher:
-    """Every line goes to the launcher too, which draws the display and the report."""
+    """The lines that the progress messages of the steps do not carry go to the launcher, which draws the display and the report."""
 
     def __init__(self, tell: Message) -> None:
         self.tell = tell
 
     def write(self, line: Dict[str, Any]) -> None:
-        self.tell({"line": line})
+        if line["kind"] != "step":
+            self.tell({"line": line})
 
     def close(self) -> None:
         """Nothing is kept back."""

@@ -45,9 +45,8 @@ def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
 
 def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
     from pipeline_train import selftest_run
-    from pipeline_train.errors import RunFailed
-    from pipeline_train.launch import launch
     from pipeline_train.prepare import prepare
+    from pipeline_train.report import Keeper
 
     if loaded.export is not None:
         from export.aside import check_free
@@ -66,17 +65,40 @@ def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
         out, prepared.done + 1, prepared.total, parallel.pipe, parallel.data, parallel.parts, prepared.config.model.dtype,
         "%d GPUs" % (parallel.pipe * parallel.data) if prepared.gpus else "CPU",
     ))  # fmt: skip
-    progress = Progress(prepared.total, prepared.config.run.name, parallel.pipe, prepared.config.micro_batches)
+    keeper = Keeper(prepared.out, prepared.done, say)
+    summary = _launch(prepared, keeper)
+    say("peak memory per stage: %s GiB" % ", ".join("%.2f" % gib for gib in summary["peak_gib"]))
+    say("report: %s" % (prepared.out / "report.html"))
     try:
-        summary = launch(prepared, progress.show)
-    except (RunFailed, KeyboardInterrupt):
+        return dict(summary, out=out, **_export(prepared, trained=True))
+    finally:
+        keeper.write()  # with the proof, whether it holds or not
+
+
+def _launch(prepared: Any, keeper: Any) -> Dict[str, Any]:
+    """Train, shown on the terminal and in report.html, however it ends; -> the summary."""
+    from pipeline_train.errors import RunFailed
+    from pipeline_train.launch import launch
+
+    run = prepared.config
+    progress = Progress(prepared.total, run.run.name, run.parallel.pipe, run.micro_batches)
+
+    def show(message: Dict[str, Any]) -> None:
+        progress.show(message)
+        keeper.show(message)
+
+    try:
+        summary = launch(prepared, show)
+    except (RunFailed, KeyboardInterrupt) as error:
         progress.close()
+        wished = str(error).startswith("stopped by ")  # a signal
+        keeper.end("interrupted" if isinstance(error, KeyboardInterrupt) else "stopped" if wished else "failed", str(error))
         say(kept(prepared.out))
         raise
     finally:
         progress.close()
-    say("peak memory per stage: %s GiB" % ", ".join("%.2f" % gib for gib in summary["peak_gib"]))
-    return dict(summary, out=out, **_export(prepared, trained=True))
+    keeper.end("finished")
+    return summary
 
 
 def kept(out: Path) -> str:
