@@ -1,8 +1,7 @@
 """One rank of a real DeepSpeed pipeline that works through a list of cases; run by test_train_equals_hf.py.
 
-Reads FOLDER/cases.json: [{"name", "run": <run.yaml as a dictionary>, "steps"}, ...]. The rows of every step are
-``make_rows``, the same for every rank and for the reference. Leaves FOLDER/<name>.<rank>.pt: losses, grad_norms, and for each
-layer of the rank the first step's gradient (after clipping) and the final weight of every parameter, all whole tensors.
+Reads FOLDER/cases.json: [{"name", "run": <run.yaml as a dictionary>, "steps"}, ...]. Leaves FOLDER/<name>.<rank>.pt: what
+selftest.piped measures, the evaluated loss and, for each layer of the rank, every parameter's final weight as a whole tensor.
 """
 
 import json
@@ -10,36 +9,17 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline_train.data.feed import StepRows  # noqa: E402
+from pipeline_train.selftest import make_rows  # noqa: E402
 
-
-def make_rows(step: int, rows: int, width: int, vocab: int) -> StepRows:
-    """Packed rows: 1 to 3 samples each, the last of several rows empty, 10 to 90 % of a sample's tokens learnt."""
-    random = np.random.default_rng(step)
-    ids = random.integers(3, vocab, (rows, width))
-    positions, segments = np.zeros((rows, width), np.int64), np.zeros((rows, width), np.int64)
-    targets = np.full((rows, width), -100, np.int64)
-    for row in range(max(1, rows - 1)):
-        end = 0
-        for segment in range(1, int(random.integers(2, 5))):
-            length = int(random.integers(2, width // 3))
-            place = slice(end, end + length)
-            positions[row, place], segments[row, place] = np.arange(length), segment
-            learnt = random.random(length) < random.uniform(0.1, 0.9)
-            targets[row, place] = np.where(learnt, random.integers(3, vocab, length), -100)
-            end += length
-    learnt_tokens = int((targets != -100).sum())
-    return StepRows(ids, positions, segments, targets, int((segments > 0).sum()), learnt_tokens, 0, [0])
+EVALUATED = 1000  # the step whose rows are evaluated at the end
 
 
 def run_case(case, folder, rank):
     import torch
 
-    from pipeline_train import checkpoint, config, engine, families
+    from pipeline_train import checkpoint, config, engine, families, selftest
     from pipeline_train.loop import micro_batches
     from pipeline_train.plan import bounds
 
@@ -48,28 +28,15 @@ def run_case(case, folder, rank):
     edges = bounds(dims, run.parallel.pipe, run.parallel.parts, run.data.seq_len)
     pipe = engine.Pipeline(run, dims, edges, cuda=False)
     checkpoint.start(pipe)
-    losses, norms, gradients = [], [], {}
-    beta = run.optim.betas[0]
-    for step in range(case["steps"]):
-        rows = make_rows(step, run.rows_per_step, run.data.seq_len, dims.vocab)
-        batches = micro_batches(rows, run.batch.micro, pipe.data_rank, run.parallel.data)
-        result = pipe.train(batches, rows.learnt_tokens, engine.learning_rate(run.optim, step, case["steps"]))
-        losses.append(result.loss)
-        norms.append(result.grad_norm)
-        if step == 0:  # the first moment started at zero
-            gradients = {
-                "%d/%s" % (layer, name): pipe.read_whole(p, "exp_avg") / (1 - beta)
-                for layer in pipe.stage.layers
-                for name, p in checkpoint.named(pipe, layer).items()
-            }
-    rows = make_rows(1000, run.rows_per_step, run.data.seq_len, dims.vocab)
-    evaluated = pipe.evaluate(micro_batches(rows, run.batch.micro, pipe.data_rank, run.parallel.data), rows.learnt_tokens)
-    weights = {
-        "%d/%s" % (layer, name): pipe.read_whole(p)
-        for layer in pipe.stage.layers
-        for name, p in checkpoint.named(pipe, layer).items()
-    }
-    result = {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights, "evaluated": evaluated}
+
+    def rows_of(step):
+        return make_rows(step, run.rows_per_step, run.data.seq_len, dims.vocab, run.data.pack)
+
+    result = selftest.piped(pipe, rows_of, case["steps"])
+    rows = rows_of(EVALUATED)
+    batches = micro_batches(rows, run.batch.micro, pipe.data_rank, run.parallel.data)
+    result["evaluated"] = pipe.evaluate(batches, rows.learnt_tokens)
+    result["weights"] = selftest.read_all(pipe)
     result["settled"] = drift_and_settle(pipe) if pipe.stage.tied_weight is not None else None
     torch.save(result, str(folder / ("%s.%d.pt" % (case["name"], rank))))
 
@@ -87,6 +54,8 @@ def drift_and_settle(pipe):
 
 
 def main():
+    import time
+
     import torch.distributed
 
     from pipeline_train import engine
@@ -95,7 +64,15 @@ def main():
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     engine.connect(False, rank)
     for case in json.loads((folder / "cases.json").read_text()):
+        began = time.monotonic()
         run_case(case, folder, rank)
+        print(
+            case["name"],
+            "%.1f s" % (time.monotonic() - began),
+            len(os.listdir("/proc/self/fd")),
+            len(os.listdir("/proc/self/task")),
+            flush=True,
+        )
     torch.distributed.barrier()
     leave()
 
