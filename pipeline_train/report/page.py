@@ -12,7 +12,7 @@ from . import facts
 from .curves import Curves, Series, smooth, thin
 from .facts import Stage
 from .stages import stages_section
-from .svg import Line, chart
+from .svg import Line, chart, charts_grid
 from .tables import data_section, proofs_section, saves_section, starts_section, table
 from .words import count, duration, script_json, text
 
@@ -33,7 +33,7 @@ def build(out: Path, curves: Curves) -> str:
     name = (run.run.name if run else "") or out.resolve().name
     state, why = state_of(out, curves)
     sections = [
-        ("Curves", "".join(element for element, _ in drawn) or "<p>No step has been logged yet.</p>"),
+        ("Curves", charts_grid([element for element, _ in drawn]) or "<p>No step has been logged yet.</p>"),
         ("Stages", stages_section(curves, run, plan)),
         ("Saves", saves_section(curves)),
         ("Data", data_section(out)),
@@ -117,14 +117,15 @@ def curve(name: str, css: str, series: Series, kind: str = "line", buckets: int 
 def curve_charts(curves: Curves) -> Charts:
     series, marks = curves.series, [start for start, _ in curves.starts[1:]]
     wanted: List[Tuple[str, str, List[Line], bool]] = []
-    loss = [curve("training loss", "a faint", series["loss"])]
-    if len(series["loss"].values) >= 50:
+    many = len(series["loss"].values) >= 50
+    loss = [curve("training loss", "a faint" if many else "a", series["loss"])]
+    if many:
         span = len(series["loss"].values) / 50
         smoothed = thin(series["loss"].steps, smooth(series["loss"].values, span), BUCKETS // 2)
         loss.append(Line("smoothed over about %d lines" % span, "a", "line", *smoothed))
     kind = "dots" if len(series["eval"].values) <= MOST_DOTS else "line"
     loss.append(curve("eval loss", "b", series["eval"], kind, BUCKETS // 2))
-    wanted.append(("Loss", "loss per learnt token, nats", loss, False))
+    wanted.append(("Loss", "nats per learnt token", loss, False))
     wanted.append(("Gradient norm", "norm before clipping", [curve("gradient norm", "c", series["grad_norm"])], False))
     wanted.append(("Learning rate", "learning rate", [curve("learning rate", "d", series["lr"], "line", BUCKETS // 2)], True))
     speeds = [curve("tokens", "a", series["tokens_per_s"]), curve("learnt tokens", "b", series["learnt_tokens_per_s"])]

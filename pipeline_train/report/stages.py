@@ -5,7 +5,7 @@ from typing import List, Optional, Sequence, Tuple
 from ..config_schema import RunConfig
 from .curves import Curves
 from .facts import Stage
-from .svg import Bar, bars
+from .svg import Bar, bars, charts_grid
 from .words import count, figure, text
 
 
@@ -20,11 +20,11 @@ def stages_section(curves: Curves, run: Optional[RunConfig], plan: Sequence[Stag
     work = [(stage_name(plan, stage), work_bars(plan, busy, stage)) for stage in range(number)]
     if plan or busy:
         most = max(bar.value for _, found in work for bar in found)
-        parts.append(bars("Work of each stage, as a share of all stages' work", work, most))
+        parts.append(bars("Share of the work", work, most))
     if memory:
         rows = [(stage_name(plan, s), [Bar("peak memory", "c", gib, "%.2f GiB" % gib)]) for s, gib in enumerate(memory)]
-        parts.append(bars("Peak memory of each stage, its largest rank", rows, max(memory)))
-    return "".join(parts) + bubble(curves, run) + stage_table(plan, busy, memory, curves.mean("step_s"))
+        parts.append(bars("Peak memory, largest rank of each stage", rows, max(memory)))
+    return charts_grid(parts) + bubble(curves, run) + stage_table(plan, busy, memory, curves.mean("step_s"))
 
 
 def stage_name(plan: Sequence[Stage], stage: int) -> str:

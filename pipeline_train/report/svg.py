@@ -116,7 +116,7 @@ def _axes(across: Scale, up: Scale, steps: Sequence[float], values: Sequence[flo
         out.append('<text class="tick" x="%.1f" y="%g" text-anchor="middle">%s</text>' % (x, HEIGHT - BOTTOM + 16, f"{step:,}"))
     out.append('<text class="unit" x="%g" y="%g" text-anchor="middle">optimizer step</text>' % ((LEFT + WIDTH) / 2, HEIGHT - 6))
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    label = unit + (", logarithmic" if log else "")
+    label = unit + (", log scale" if log else "")
     out.append('<text class="unit" transform="translate(13 %g) rotate(-90)" text-anchor="middle">%s</text>' % (middle, text(label)))
     return out
 
@@ -143,9 +143,9 @@ def bars(name: str, stages: Sequence[Tuple[str, Sequence[Bar]]], most: float) ->
     for row, (label, found) in enumerate(stages):
         top = 6 + row * ROW
         parts.append('<text class="stage" x="0" y="%.1f">%s</text>' % (top + 20, text(label)))
-        thick = (ROW - 12) / max(1, len(found))
+        thick = (ROW - 12) / 2  # room for two
         for place, bar in enumerate(found):
-            y = top + place * thick
+            y = top + place * thick + (thick / 2 if len(found) == 1 else 0)
             length = max(1.0, span * min(1.0, bar.value / most)) if most > 0 else 1.0
             parts.append('<rect class="bar %s" x="%g" y="%.1f" width="%.1f" height="%.1f"><title>%s</title></rect>' % (
                 bar.css, left, y, length, thick - 2, text("%s, %s: %s" % (label, bar.name, bar.label))))  # fmt: skip
@@ -153,6 +153,11 @@ def bars(name: str, stages: Sequence[Tuple[str, Sequence[Bar]]], most: float) ->
     about = "; ".join("%s: %s" % (label, ", ".join("%s %s" % (b.name, b.label) for b in found)) for label, found in stages)
     legend = list({bar.css: (bar.name, bar.css) for _, found in stages for bar in found}.values())
     return _figure(name, about, 12 + ROW * len(stages), parts, legend)
+
+
+def charts_grid(figures: Sequence[str]) -> str:
+    """Beside each other where the window is wide enough; "" for none."""
+    return '<div class="charts">%s</div>' % "".join(figures) if figures else ""
 
 
 def _figure(name: str, about: str, height: float, parts: List[str], legend: Sequence[Tuple[str, str]]) -> str:

@@ -53,7 +53,8 @@ def saves_section(curves: Curves) -> str:
         (save["step"], seconds(save.get("seconds")), seconds(save.get("stall_s")), save.get("asynchronous"), save.get("path"))
         for save in curves.saves[-MOST_ROWS:]
     ]
-    parts.append(wide(("step", "seconds", "stall, s", "behind the next steps", "folder"), rows))
+    shown_rows = wide(("step", "seconds", "stall, s", "behind the next steps", "folder"), rows)
+    parts.append("<details><summary>The last %d</summary>%s</details>" % (len(rows), shown_rows))
     return "".join(parts)
 
 
