@@ -54,8 +54,6 @@ def drift_and_settle(pipe):
 
 
 def main():
-    import time
-
     import torch.distributed
 
     from pipeline_train import engine
@@ -64,15 +62,7 @@ def main():
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     engine.connect(False, rank)
     for case in json.loads((folder / "cases.json").read_text()):
-        began = time.monotonic()
         run_case(case, folder, rank)
-        print(
-            case["name"],
-            "%.1f s" % (time.monotonic() - began),
-            len(os.listdir("/proc/self/fd")),
-            len(os.listdir("/proc/self/task")),
-            flush=True,
-        )
     torch.distributed.barrier()
     leave()
 

@@ -24,7 +24,7 @@ BF16 = compat.release(compat.versions()["deepspeed"] or "") >= (0, 9, 3)  # comp
 RANK = Path(__file__).with_name("pipeline_rank.py")
 FIGURES = os.environ.get("PIPEDOCK_MATRIX")
 CASES = [c for c in matrix.MATRIX + matrix.EXTRA if (c.quick or FIGURES) and (c.dtype != "bf16" or BF16)]
-AT_ONCE = 36  # cases of one launch: each makes process groups, and their sockets stay open
+AT_ONCE = 20  # cases of one launch: each leaves 30 sockets of its process groups open, and 1024 is a usual limit
 MODELS = matrix.models()
 WORLDS = pytest.mark.parametrize("world", sorted({case.world for case in CASES}))
 
@@ -195,7 +195,7 @@ def test_a_save_makes_copies_equal_that_have_drifted_apart(launched):
             continue
         first, last = (rank["settled"] for rank in ranks)
         assert len(first) == (3 if case.optim == "lion" else 4) and all(torch.equal(a, b) for a, b in zip(first, last))
-        embedding = next(w for slot, w in ranks[0]["weights"].items() if slot.endswith("embed_tokens.weight"))
+        embedding = ranks[0]["weights"]["0/embed_tokens.weight" if case.model.startswith("llama") else "0/word_embeddings.weight"]
         assert torch.equal(first[0], embedding)
         tied += 1
     assert tied >= 2
