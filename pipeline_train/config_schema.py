@@ -67,6 +67,7 @@ class Optim(Section):
     warmup: int = 0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     floor: float = 0.1
+    use_triton: Union[Literal["auto"], bool] = "auto"  # Lion's step as one kernel on a GPU
     loss_scale: LossScale = field(default_factory=LossScale)
 
 

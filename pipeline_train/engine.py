@@ -7,14 +7,15 @@ import deepspeed
 import torch
 
 from . import compat
-from .config_schema import Optim, RunConfig
+from .config_schema import RunConfig
 from .families.base import Dims
 from .instructions import Watched
+from .optimizer import MOMENTS, set_step
+from .optimizer import build as optimizer_of
 from .pulse import Pulse
 from .stages import Stage, parameter_groups, topology_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}  # optimizer state kept per parameter
 NEVER = 2**31 - 1  # steps_per_print must be an int in every version
 
 MicroBatch = Tuple[
@@ -29,18 +30,6 @@ def connect(cuda: bool, local_rank: int) -> None:
     else:
         compat.quiet_cpu_ops()
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
-
-
-def learning_rate(optim: Optim, step: int, total: int) -> float:
-    """Learning rate of step ``step`` (from 0) of ``total``: linear warm-up, then cosine, linear or constant, down to
-    floor x lr. A pure function, so that a resumed run needs no scheduler state."""
-    if step < optim.warmup:
-        return optim.lr * (step + 1) / optim.warmup
-    if optim.schedule == "constant":
-        return optim.lr
-    done = min(1.0, (step - optim.warmup) / max(1, total - optim.warmup))
-    left = 0.5 * (1.0 + math.cos(math.pi * done)) if optim.schedule == "cosine" else 1.0 - done
-    return optim.lr * (optim.floor + (1.0 - optim.floor) * left)
 
 
 def deepspeed_config(config: RunConfig, cuda: bool) -> Dict[str, Any]:
@@ -73,7 +62,7 @@ def deepspeed_config(config: RunConfig, cuda: bool) -> Dict[str, Any]:
         }
     if config.parallel.offload:
         ours["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
-        ours["optimizer"] = {"type": "AdamW" if optim.type == "adamw" else "Lion", "params": _optimizer_keys(optim)}
+        ours["zero_force_ds_cpu_optimizer"] = False  # torch's will do where DeepSpeed's does not build
     return merged(ours, config.deepspeed)
 
 
@@ -83,23 +72,6 @@ def merged(base: Dict[str, Any], over: Dict[str, Any]) -> Dict[str, Any]:
     for key, value in over.items():
         out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
     return out
-
-
-def _optimizer_keys(optim: Optim) -> Dict[str, Any]:
-    keys = {"lr": optim.lr, "betas": tuple(optim.betas)}  # type: Dict[str, Any]
-    return dict(keys, eps=optim.eps) if optim.type == "adamw" else keys
-
-
-def build_optimizer(groups: List[Dict[str, Any]], optim: Optim, cuda: bool) -> torch.optim.Optimizer:
-    """A torch optimizer, so that DeepSpeed compiles none."""
-    keys = _optimizer_keys(optim)
-    if optim.type == "lion":
-        from lion_pytorch import Lion
-
-        return Lion(groups, use_triton=False, **keys)
-    if compat.fused_adamw(cuda):
-        keys["fused"] = True
-    return torch.optim.AdamW(groups, **keys)
 
 
 class StepResult(NamedTuple):
@@ -131,7 +103,7 @@ class Pipeline:
         where = topology.get_coord(self.stage.global_rank)
         self.pipe_rank, self.data_rank = int(where.pipe), int(where.data)
         groups = parameter_groups(self.stage, config.optim.weight_decay)
-        optimizer = None if parallel.offload else build_optimizer(groups, config.optim, cuda)
+        optimizer = optimizer_of(groups, config.optim, cuda, parallel.offload)
         self.settings = deepspeed_config(config, cuda)
         self.engine = deepspeed.initialize(
             model=self.stage, optimizer=optimizer, model_parameters=groups, config=self.settings, dist_init_required=False
@@ -229,7 +201,4 @@ class Pipeline:
             state = self.base_optimizer.state[flat]
             for moment in self.moments:
                 state[moment] = torch.zeros_like(flat, requires_grad=False)
-            if self.config.optim.type == "adamw":
-                device = flat.device if group.get("fused") or group.get("capturable") else "cpu"
-                counter = torch.tensor(float(step), dtype=torch.float32, device=device)
-                state["step"] = step if self.config.parallel.offload else counter
+            set_step(self.base_optimizer, group, state, step)

@@ -12,11 +12,12 @@ import torch.distributed as dist
 
 from . import checkpoint, plan
 from .data.feed import Feed, StepRows
-from .engine import MicroBatch, Pipeline, StepResult, learning_rate
+from .engine import MicroBatch, Pipeline, StepResult
 from .errors import RunFailed
 from .instructions import NotFinite
 from .loss_scale import OverflowLimit
 from .metrics import Metrics, peak_flops
+from .optimizer import learning_rate
 
 Report = Callable[[Dict[str, Any]], None]  # a progress message, on its way to the terminal
 
@@ -97,9 +98,14 @@ class Loop:
         for step in range(done, self.total):
             self.pulse.tick("reading the step's rows")
             rows = self.feed.at(step)
+            self.pulse.tick("starting a step")
             rate = learning_rate(self.config.optim, step, self.total)
             number = step + 1
-            result = self._step(number, rows, rate)
+            try:
+                result = self._step(number, rows, rate)
+            except RunFailed:  # on every rank at once
+                self._saved(self.saver.finish())
+                raise
             self.pulse.step_done(number)
             stop, saves = self.pipe.watched.agreed
             stop = stop and number < self.total

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, Optional
 
-from . import compat, config, deepspeed_keys, families, manifest, plan, run_folder, sinks, weights
+from . import compat, config, deepspeed_keys, families, manifest, native, plan, run_folder, sinks, weights
 from .config_schema import RunConfig
 from .data import feed, template
 from .data.encode import TextCodec
@@ -92,6 +92,11 @@ def resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str, 
     if run.model.dtype == "fp16" and (scale < 1 or math.log2(scale) % 1):
         raise UserError("%s: optim.loss_scale.initial: must be a power of two, got %d" % (where, scale))
     deepspeed_keys.check(run.deepspeed, where, say)
+    if run.optim.type == "lion" and run.optim.use_triton is True and native.without_triton(gpus.number):
+        raise UserError("%s: optim.use_triton: %s; use false, or auto" % (where, native.without_triton(gpus.number)))
+    if run.parallel.offload and gpus.number and native.without_cpu_adam():
+        say("parallel.offload: %s, so DeepSpeed's CPU optimizer cannot be built; a slower one does the step"
+            % native.without_cpu_adam())  # fmt: skip
     if run.parallel.offload and not gpus.number:
         say("parallel.offload: has no effect on the CPU")
         run.parallel.offload = False

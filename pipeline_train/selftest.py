@@ -19,8 +19,9 @@ import torch.distributed as dist
 from . import checkpoint, config, engine, families, worker
 from .config_schema import RunConfig
 from .data.feed import StepRows
-from .engine import Pipeline, learning_rate
+from .engine import Pipeline
 from .loop import micro_batches
+from .optimizer import learning_rate
 from .plan import bounds
 
 Rows = Callable[[int], StepRows]  # the rows of a step

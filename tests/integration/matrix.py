@@ -27,6 +27,7 @@ class Case(NamedTuple):
     axes: Tuple[str, str] = ("pipe", "data")
     optim: str = "adamw"
     dtype: str = "fp32"
+    offload: str = ""  # "torch" or "deepspeed": whose optimizer does the step on the CPU
     quick: bool = False
 
     @property
@@ -36,7 +37,8 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         parts = "" if self.parts == "auto" else "-parts" + "".join(map(str, self.parts))
-        text = "%s-%dx%d-%dof%d-%s%s" % (self.model, self.pipe, self.data, self.micro, self.rows, self.optim, parts)
+        optim = self.optim + ("-offload-" + self.offload if self.offload else "")
+        text = "%s-%dx%d-%dof%d-%s%s" % (self.model, self.pipe, self.data, self.micro, self.rows, optim, parts)
         return "-".join([text, "packed" if self.packed else "padded", self.dtype])
 
     def run(self, folder: Any) -> Dict[str, Any]:
@@ -46,7 +48,8 @@ class Case(NamedTuple):
             "run": {"out": "unused"}, "model": {"path": str(folder), "dtype": self.dtype},
             "data": {"train": "unused", "seq_len": WIDTH, "pack": self.packed},
             "parallel": {"pipe": self.pipe, "data": self.data, "parts": self.parts if self.parts == "auto" else list(self.parts),
-                         "recompute": self.recompute, "axes": list(self.axes)},
+                         "recompute": self.recompute, "axes": list(self.axes),
+                         "offload": bool(self.offload)},
             "batch": {"micro": self.micro, "global": self.rows},
             "optim": {"type": self.optim, "lr": 2e-4 if lion else 2e-3, "clip": CLIP, "warmup": 2},
         }  # fmt: skip
@@ -91,6 +94,11 @@ EXTRA = [
     Case(2, 1, 8, 2, "llama-tied", True, optim="lion", quick=True),
     Case(1, 1, 4, 4, "bloom", False, optim="lion"),
     Case(2, 2, 8, 1, "bloom-tied", True, optim="lion"),
+    Case(2, 1, 8, 2, "llama-tied", True, (1, 5), offload="torch", quick=True),
+    Case(2, 2, 8, 1, "bloom", False, offload="torch"),
+    Case(2, 1, 8, 2, "llama-tied", True, optim="lion", offload="torch"),
+    Case(2, 2, 8, 1, "llama-tied", True, offload="deepspeed"),
+    Case(2, 1, 8, 2, "llama-tied", True, optim="lion", offload="deepspeed"),
     Case(2, 1, 8, 2, "llama-tied", True, (1, 5), "blocks", dtype="bf16", quick=True),
     Case(1, 2, 8, 1, "llama", False, dtype="bf16"),
     Case(2, 2, 8, 1, "bloom", True, (1, 5), dtype="bf16"),

@@ -1,6 +1,6 @@
 """One rank of a real DeepSpeed pipeline that works through a list of cases; run by test_train_equals_hf.py.
 
-Reads FOLDER/cases.json: [{"name", "run": <run.yaml as a dictionary>, "steps"}, ...]. Leaves FOLDER/<name>.<rank>.pt: what
+Reads FOLDER/cases.json: [{"name", "run": <run.yaml as a dictionary>, "steps", "offload"}, ...]. Leaves FOLDER/<name>.<rank>.pt: what
 selftest.piped measures, the evaluated loss and, for each layer of the rank, every parameter's final weight as a whole tensor.
 """
 
@@ -23,11 +23,18 @@ def run_case(case, folder, rank):
     from pipeline_train.loop import micro_batches
     from pipeline_train.plan import bounds
 
+    if case["offload"] == "torch":
+        os.environ["CXX"] = "/no/compiler"
+    else:
+        os.environ.pop("CXX", None)
     run = config.parse(case["run"])
     dims = families.dims_of(families.read_config(run.model.path))
     edges = bounds(dims, run.parallel.pipe, run.parallel.parts, run.data.seq_len)
     pipe = engine.Pipeline(run, dims, edges, cuda=False)
     checkpoint.start(pipe)
+    if case["offload"]:
+        module = type(pipe.base_optimizer).__module__
+        assert module.startswith("deepspeed.") == (case["offload"] == "deepspeed"), module
 
     def rows_of(step):
         return make_rows(step, run.rows_per_step, run.data.seq_len, dims.vocab, run.data.pack)

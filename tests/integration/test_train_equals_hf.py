@@ -40,7 +40,9 @@ def folders(tmp_path_factory):
 
 def launch(world, cases, folder, folders):
     """-> {case: [what each rank left]}."""
-    documents = [{"name": case.name, "run": case.run(folders[case.model]), "steps": matrix.STEPS} for case in cases]
+    documents = [
+        {"name": case.name, "run": case.run(folders[case.model]), "steps": matrix.STEPS, "offload": case.offload} for case in cases
+    ]
     (folder / "cases.json").write_text(json.dumps(documents))
     env = dict(os.environ, WORLD_SIZE=str(world), LOCAL_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()),
                OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")  # fmt: skip

@@ -13,12 +13,12 @@ PACKAGES = ("pipeline_train", "export", "serve", "verbs")
 # Lowest first: a module may import its own row and the rows above it in this list.
 ROWS = [
     {"errors", "pulse", "watch"},
-    {"families", "manifest", "host", "data.records", "data.shapes", "data.files", "data.template"},
+    {"families", "manifest", "host", "native", "data.records", "data.shapes", "data.files", "data.template"},
     {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder", "checkpoint_folder", "loss_scale"},
     {"compat"},
     {"models", "data", "plan"},
     {"stages", "weights", "instructions"},
-    {"engine", "checkpoint", "masters", "metrics", "sinks"},
+    {"engine", "optimizer", "checkpoint", "masters", "metrics", "sinks"},
     {"loop", "worker", "selftest"},
     {"prepare"},
     {"launch", "report", "selftest_run"},
@@ -26,7 +26,8 @@ ROWS = [
 EXPORT_MAY = {"errors", "families", "manifest", "config", "models", "weights", "data.template"}
 SERVE_MAY = {"errors", "families", "manifest", "config", "data.template"}
 LIBRARIES = {  # library -> where it may be imported
-    "deepspeed": ("pipeline_train/compat.py", "pipeline_train/stages.py", "pipeline_train/engine.py", "serve/ds_generate.py"),
+    "deepspeed": tuple("pipeline_train/%s.py" % name for name in ("compat", "stages", "engine", "optimizer"))
+    + ("serve/ds_generate.py",),
     "transformers": ("pipeline_train/data/encode.py", "pipeline_train/selftest.py", "export/", "serve/embedded/", "serve/prove.py"),
     "torch": ("pipeline_train/", "export/", "serve/embedded/", "serve/ds_generate.py"),
     "docker": ("serve/",),

@@ -1,0 +1,32 @@
+"""What is compiled on this machine before its first use, and why it cannot be. Standard library only, so that prepare can ask."""
+
+import importlib.util
+import os
+import shutil
+from typing import Optional, Sequence
+
+
+def _compiler(variable: str, names: Sequence[str]) -> bool:
+    """Whether $CXX (or $CC), or else one of ``names``, is a program."""
+    chosen = os.environ.get(variable)
+    return any(shutil.which(name.split()[0]) for name in ([chosen] if chosen and chosen.strip() else names))
+
+
+def without_cpu_adam() -> Optional[str]:
+    """Why DeepSpeed's optimizers for the CPU cannot be built (torch.utils.cpp_extension needs both), or None."""
+    if not _compiler("CXX", ("c++", "g++", "clang++")):
+        return "there is no C++ compiler"
+    if not (shutil.which("ninja") or importlib.util.find_spec("ninja")):
+        return "ninja is not installed"
+    return None
+
+
+def without_triton(gpus: int) -> Optional[str]:
+    """Why Lion's Triton kernel cannot run (Triton compiles its launcher with a C compiler), or None."""
+    if not gpus:
+        return "there is no GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not _compiler("CC", ("gcc", "clang", "cc")):
+        return "there is no C compiler"
+    return None

@@ -1,0 +1,80 @@
+"""The optimizer and its schedule: AdamW or Lion, on the device or, offloaded, on the CPU."""
+
+import logging
+import math
+from typing import Any, Dict, List, Optional
+
+import torch
+
+from . import compat, native
+from .config_schema import Optim
+
+log = logging.getLogger("pipedock")
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}  # optimizer state kept per parameter
+# A partition's elements that the Triton kernel can number: it counts them in int32.
+MOST_FOR_TRITON = 2**31 - 1
+
+
+def learning_rate(optim: Optim, step: int, total: int) -> float:
+    """Learning rate of step ``step`` (from 0) of ``total``: linear warm-up, then cosine, linear or constant, down to
+    floor x lr. A pure function, so that a resumed run needs no scheduler state."""
+    if step < optim.warmup:
+        return optim.lr * (step + 1) / optim.warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    done = min(1.0, (step - optim.warmup) / max(1, total - optim.warmup))
+    left = 0.5 * (1.0 + math.cos(math.pi * done)) if optim.schedule == "cosine" else 1.0 - done
+    return optim.lr * (optim.floor + (1.0 - optim.floor) * left)
+
+
+def build(groups: List[Dict[str, Any]], optim: Optim, cuda: bool, offload: bool) -> torch.optim.Optimizer:
+    """``groups``: stages.parameter_groups. DeepSpeed compiles nothing for it but, offloaded, its own optimizer where that
+    builds; elsewhere torch's or lion-pytorch's does the step on the CPU."""
+    keys: Dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas)}
+    if optim.type == "adamw":
+        keys["eps"] = optim.eps
+    if offload:
+        built = _deepspeed_cpu(groups, optim.type, keys)
+        if built is not None:
+            return built
+    if optim.type == "lion":
+        from lion_pytorch import Lion
+
+        return Lion(groups, use_triton=_triton(groups, optim, cuda and not offload), **keys)
+    if compat.fused_adamw(cuda and not offload):
+        keys["fused"] = True
+    return torch.optim.AdamW(groups, **keys)
+
+
+def _deepspeed_cpu(groups: List[Dict[str, Any]], kind: str, keys: Dict[str, Any]) -> Optional[torch.optim.Optimizer]:
+    """DeepSpeedCPUAdam or DeepSpeedCPULion, None where it cannot be built."""
+    reason = native.without_cpu_adam()
+    if reason is None:
+        try:
+            if kind == "lion":
+                from deepspeed.ops.lion import DeepSpeedCPULion  # since 0.11
+
+                return DeepSpeedCPULion(groups, **keys)
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **keys)
+        except Exception as error:  # noqa: BLE001 - a compiler, its headers, nvcc, a lock: whatever is missing, torch can do it
+            reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
+    log.warning("parallel.offload: DeepSpeed's CPU %s cannot be built (%s); a slower one takes its place", kind, reason)
+    return None
+
+
+def _triton(groups: List[Dict[str, Any]], optim: Optim, cuda: bool) -> bool:
+    """Lion's step as one Triton kernel. prepare has refused ``optim.use_triton: true`` where it cannot be."""
+    largest = max(sum(p.numel() for p in group["params"]) for group in groups)
+    return optim.use_triton is not False and native.without_triton(int(cuda)) is None and largest <= MOST_FOR_TRITON
+
+
+def set_step(optimizer: torch.optim.Optimizer, group: Dict[str, Any], state: Dict[str, Any], step: int) -> None:
+    """Write the step counter into a partition's ``state``, as this optimizer keeps it. lion-pytorch has none."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        on_device = group.get("fused") or group.get("capturable")
+        device = group["params"][0].device if on_device else "cpu"
+        state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
+    elif type(optimizer).__module__.startswith("deepspeed."):
+        state["step"] = step
