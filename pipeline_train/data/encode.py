@@ -9,27 +9,16 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Union
+from typing import Any, Dict, List, Optional, Union
 
 from ..errors import RunFailed, UserError
 from . import tokens
 from .records import Record
+from .spans import IGNORED, Sequence, SpanEncoder
 from .stops import find_stops, match_bos
-from .template import DEFAULT_CHAT_TEMPLATE, Messages, PromptFormat, TemplateRefused, Turn, instruct_prompt, render
+from .template import DEFAULT_CHAT_TEMPLATE, Messages, PromptFormat, TemplateRefused, fixed_now, instruct_prompt, render
 
-IGNORED = -100
-
-
-class Sequence(NamedTuple):
-    """``ids`` [n] and ``learn`` [n]: whether ``ids[i]`` is to be predicted from those before it. The first never is."""
-
-    ids: List[int]
-    learn: List[bool]
-
-    @property
-    def targets(self) -> List[int]:
-        """[n]: the id at i + 1 where it is learnt, else -100."""
-        return [i if learn else IGNORED for i, learn in zip(self.ids[1:], self.learn[1:])] + [IGNORED]
+__all__ = ["IGNORED", "Sequence", "TextCodec"]
 
 
 class TextCodec:
@@ -66,7 +55,7 @@ class TextCodec:
             self.notes.extend(match_bos(tokenizer, own, lead, name))
         described = "default" if own is None else "the model's" if template == "auto" else template
         self.format = PromptFormat(source, tokens.template_tokens(tokenizer), self.end, own is not None, described)
-        self.continuation = tokens.Continuation(tokenizer)
+        self.spans = SpanEncoder(tokenizer, self.format, self.end, self.end_id, self.eos_id)
         self._check_turns()
 
     @classmethod
@@ -124,46 +113,8 @@ class TextCodec:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def encode(self, record: Record) -> Sequence:
-        """Not cut to any length; ends with the last learnt token. Nothing learnt: ids is empty.
-
-        Raises TemplateRefused for a record that the model's template does not take."""
-        if record.kind == "pretrain":
-            if not record.fields["text"].strip():
-                return Sequence([], [])
-            ids = tokens.whole(self.tokenizer, record.fields["text"]) + [self.eos_id]
-            return Sequence(ids, [False] + [True] * (len(ids) - 1))
-        turns = self.format.turns(record.kind, record.fields)
-        while turns and not turns[-1].learn:
-            turns.pop()
-        ids, learn = self._encode_turns(turns)
-        return Sequence(ids, [False] + learn[1:]) if ids else Sequence([], [])
-
-    def _encode_turns(self, turns: List[Turn]) -> Sequence:
-        """Turn by turn: a special token ends each, and tokenizers never look across one."""
-        ids: List[int] = []
-        learn: List[bool] = []
-        done = ""  # the text so far
-        for turn in turns:
-            asked = turn.prompt[len(done) :]
-            prompt = self._ids(asked, first=not done)
-            both = self._ids(asked + turn.answer + self.end.text, first=not done)
-            start = len(prompt)
-            if both[:start] != prompt:
-                alone = prompt + self.continuation(turn.answer + self.end.before) + [self.end_id]
-                if turn is turns[-1]:
-                    both = alone
-                else:  # the history is tokenized as one text; a token that merged across the seam belongs to no answer
-                    start = len(both) - min(tokens.common_suffix(alone, both), len(alone) - start)
-            ids += both
-            learn += [False] * start + [turn.learn] * (len(both) - start)
-            done = turn.prompt + turn.answer + self.end.text
-        return Sequence(ids, learn)
-
-    def _ids(self, text: str, first: bool) -> List[int]:
-        """Of a text that starts the prompt, or that follows an end of turn."""
-        if not first:
-            return tokens.raw(self.tokenizer, self.end.token + text)[1:]
-        return tokens.raw(self.tokenizer, text) if self.format.own else tokens.whole(self.tokenizer, text)
+        """One record; see SpanEncoder, which takes many."""
+        return self.spans.sequences([self.spans.plan(record)])[0]
 
     def _check_turns(self) -> None:
         """Encoding turn by turn is the same as encoding the whole text; else the tokenizer cannot be trained on conversations."""
@@ -172,22 +123,29 @@ class TextCodec:
             turns = self.format.turns("conversation", fields)
         except TemplateRefused:
             return  # one question and one answer is all that this template takes
-        ids = self._encode_turns(turns).ids
+        ids = self.encode(Record("conversation", fields, "")).ids
         text = turns[-1].prompt + turns[-1].answer + self.end.text
-        if ids != self._ids(text, first=True) or ids[-1] != self.end_id:
+        whole = tokens.raw if self.format.own else tokens.whole
+        if ids != whole(self.tokenizer, text) or ids[-1] != self.end_id:
             raise UserError(
                 "%s: its tokenizer does not keep %s apart from the text around it, so an answer cannot be told from what follows"
                 % (self.name, self.end.token)
             )
 
     def identity(self) -> Dict[str, Any]:
-        """What, besides the records, decides the ids: for the data hash and for comparing two runs."""
+        """What a person would compare first in two runs; part of the data hash beside the ids themselves."""
         return {
             "tokenizer": type(self.tokenizer).__name__,
             "vocab_size": self.vocab_size,
             "template": hashlib.sha256(self.chat_template.encode("utf-8")).hexdigest(),
             "stop_ids": self.stop_ids,
         }
+
+    def fingerprint(self) -> List[Any]:
+        """All that, besides the records, decides the ids, the vocabulary and its merges too: who has the same gets the same ids."""
+        form = self.format
+        return [tokens.fingerprint(self.tokenizer), form.source, form.tokens, list(form.end), form.own, self.chat_template,
+                self.eos_id, self.end_id, self.stop_ids, str(fixed_now())]  # fmt: skip
 
     def save(self, folder: Union[str, Path]) -> None:
         """Tokenizer files, chat template and generation_config.json, for transformers, TGI and vLLM.

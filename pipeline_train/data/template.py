@@ -219,5 +219,9 @@ def fix_now(now: Optional[datetime]) -> None:
     _fixed_now = now
 
 
+def fixed_now() -> Optional[datetime]:
+    return _fixed_now
+
+
 def _strftime_now(form: str) -> str:
     return (_fixed_now or datetime.now()).strftime(form)

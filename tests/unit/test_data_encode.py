@@ -1,6 +1,7 @@
 """Training ids == the ids a server makes of the same prompt, for every kind of tokenizer, both formats, every turn."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -108,8 +109,8 @@ def test_a_continuation_brings_no_blank_of_its_own(folder, kind, answer):
     """What stands in where prompt and answer merge."""
     codec = TextCodec.load(folder(kind))
     prompt = codec.prompt_ids("### Response:")
-    assert codec.decode(prompt + codec.continuation(answer)) == codec.decode(prompt) + answer
-    assert codec.continuation("") == []
+    assert codec.decode(prompt + codec.spans.continuation(answer)) == codec.decode(prompt) + answer
+    assert codec.spans.continuation("") == []
 
 
 def test_a_token_that_merges_across_the_seam(folder):
@@ -389,3 +390,113 @@ def test_a_slow_tokenizer_is_trained_as_a_slow_server_sees_it(folder, kind, chat
         asked = [messages[:i] for i, m in enumerate(messages) if m["role"] == "assistant"]
         for (start, _), turn, before in zip(answers(sequence), codec.format.turns(item.kind, item.fields), asked):
             assert server(turn.prompt, add_special_tokens=not chat)["input_ids"] == sequence.ids[:start] == codec.chat_ids(before)
+
+
+def one_by_one(codec, item):
+    """The rule spelled plainly, one text at a time: prompt as a server has it, then the answer as its continuation."""
+    tokenizer, end = codec.tokenizer, codec.end
+    if item.kind == "pretrain":
+        ids = tokens.whole(tokenizer, item.fields["text"]) + [codec.eos_id] if item.fields["text"].strip() else []
+        return ids, [False] + [True] * (len(ids) - 1) if ids else []
+    turns = codec.format.turns(item.kind, item.fields)
+    while turns and not turns[-1].learn:
+        turns.pop()
+    ids, learn, done = [], [], ""
+
+    def some(text):
+        if done:
+            return tokens.raw(tokenizer, end.token + text)[1:]
+        return tokens.raw(tokenizer, text) if codec.format.own else tokens.whole(tokenizer, text)
+
+    for turn in turns:
+        asked = turn.prompt[len(done) :]
+        prompt, both = some(asked), some(asked + turn.answer + end.text)
+        start = len(prompt)
+        if both[:start] != prompt:
+            alone = prompt + codec.spans.continuation(turn.answer + end.before) + [codec.end_id]
+            if turn is turns[-1]:
+                both = alone
+            else:
+                start = len(both) - min(tokens.common_suffix(alone, both), len(alone) - start)
+        ids += both
+        learn += [False] * start + [turn.learn] * (len(both) - start)
+        done = turn.prompt + turn.answer + end.text
+    return ids, [False] + learn[1:] if ids else []
+
+
+def any_text(chosen):
+    pieces = ANSWERS + [
+        " ",
+        "\n",
+        "",
+        "</s>",
+        "<s>",
+        "<|im_end|>",
+        "<|endoftext|>",
+        "é",
+        "e\u0301",
+        "\u200b",
+        "a" * 40,
+        "    ",
+        "\t",
+    ]
+    pieces += [t[i : i + 9] for t in TEXTS for i in range(0, len(t), 9)]
+    return "".join(chosen.choice(pieces) for _ in range(chosen.randint(0, 12)))
+
+
+def any_record(chosen):
+    kind = chosen.choice(["pretrain", "instruct", "conversation", "ref_qa"])
+    if kind == "pretrain":
+        return record(kind, text=any_text(chosen))
+    if kind == "instruct":
+        return record(kind, instruct=any_text(chosen), input=chosen.choice([None, any_text(chosen)]), output=any_text(chosen))
+    rounds = [(("ask", "ans")[i % 2], any_text(chosen)) for i in range(chosen.randint(1, 7))]
+    more = {"reference": any_text(chosen)} if kind == "ref_qa" else {}
+    return record(kind, rounds=rounds, system=chosen.choice([None, any_text(chosen)]), **more)
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["default", "chatml"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_records_at_once_get_the_ids_of_each_alone(folder, kind, chat, monkeypatch):
+    codec = TextCodec.load(folder(kind, chat))
+    assert codec.spans.many.direct == codec.tokenizer.is_fast  # transformers of today makes a fast one of spm-slow
+    chosen = random.Random(kind + str(chat))
+    items = [any_record(chosen) for _ in range(150)] + RECORDS
+    want = [one_by_one(codec, item) for item in items]
+    plans = [codec.spans.plan(item) for item in items]
+    for together in (1 << 16, 50):
+        monkeypatch.setattr(tokens, "TOGETHER", together)
+        assert [tuple(s) for s in codec.spans.sequences(plans)] == want
+    codec.spans.many.direct = False  # a class that is not transformers' own
+    assert [tuple(s) for s in codec.spans.sequences(plans)] == want
+    assert sum(any(learn) for _, learn in want) > 90 and any(not ids for ids, _ in want)
+
+
+def test_what_a_tokenizer_file_says_of_cutting_and_padding_is_not_done(folder):
+    codec = TextCodec.load(folder("bpe"))
+    plans = [codec.spans.plan(item) for item in RECORDS]
+    want = codec.spans.sequences(plans)
+    codec.tokenizer.backend_tokenizer.enable_truncation(5)
+    codec.tokenizer.backend_tokenizer.enable_padding(length=900)
+    assert codec.spans.sequences(plans) == want
+
+
+def test_the_fingerprint_knows_vocabulary_merges_and_rules(folder, tmp_path):
+    """Equal for the same files elsewhere, another for anything that may change an id."""
+    prints = {}
+    for kind in KINDS:
+        for chat in (False, True):
+            codec = TextCodec.load(folder(kind, chat))
+            again = shutil.copytree(folder(kind, chat), str(tmp_path / ("%s%d" % (kind, chat))))
+            assert TextCodec.load(again).fingerprint() == codec.fingerprint()
+            prints[kind, chat] = json.dumps(codec.fingerprint())
+    different = [prints[kind, chat] for kind in ("bpe", "bpe-bos", "spm", "spm-2023") for chat in (False, True)]
+    assert len(set(different)) == 8
+    path = tmp_path / "bpe0" / "tokenizer.json"
+    core = json.loads(path.read_text(encoding="utf-8"))
+    core["model"]["merges"][-1], core["model"]["merges"][-2] = core["model"]["merges"][-2], core["model"]["merges"][-1]
+    path.write_text(json.dumps(core), encoding="utf-8")
+    assert json.dumps(TextCodec.load(str(tmp_path / "bpe0")).fingerprint()) != prints["bpe", False]
+    slow = TextCodec.load(folder("spm-slow"))
+    slow.tokenizer.add_tokens(["naïve"])  # slow or made fast
+    assert json.dumps(slow.fingerprint()) != prints["spm-slow", False]
