@@ -161,7 +161,7 @@ class Wandb:
 
     def close(self) -> None:
         """Ends the run; a server that does not answer is waited for no longer than FINISH_S."""
-        problem: List[Optional[Exception]] = [TimeoutError("not everything was sent within %d s; `wandb sync` sends it" % FINISH_S)]
+        problem: List[Optional[Exception]] = [TimeoutError("not everything was sent within %g s; `wandb sync` sends it" % FINISH_S)]
 
         def finish() -> None:
             try:
