@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Union
 
 from ..errors import UserError
-from .files import values
+from .files import Block, blocks, values
 from .shapes import BadRecord, recognise
 
 SHOWN = 20  # bad lines spelled out in one message
@@ -53,10 +53,11 @@ class Tally:
         self.messages: List[str] = []
         self.blank_inputs = 0
 
-    def add_bad(self, where: str, message: str) -> None:
+    def add_bad(self, place: str, message: str) -> None:
+        """``place``: as in data.files."""
         self.bad += 1
         if len(self.messages) < SHOWN:
-            line = "%s: %s" % (where, message)
+            line = "%s%s: %s" % (self.path, place, message)
             self.messages.append(line.encode("utf-8", "backslashreplace").decode("utf-8"))  # half a surrogate pair can be in it
 
     def finish(self) -> None:
@@ -80,16 +81,23 @@ def read(path: Union[str, Path], on_bad: str = "fail", tally: Optional[Tally] = 
     and nothing is yielded after the first; "skip": they are counted in ``tally``. A file that cannot be read at all, or holds no
     good record, is a UserError in both."""
     tally = tally if tally is not None else Tally(path, on_bad)
-    for where, value in values(Path(path), tally.add_bad):
+    for block in blocks(Path(path)):
+        for record in checked(Path(path), block, tally):
+            if not tally.bad or tally.on_bad == "skip":
+                yield record
+    tally.finish()
+
+
+def checked(path: Path, block: Block, tally: Tally) -> Iterator[Record]:
+    """Every good record of a block, counted in ``tally`` as the bad ones are."""
+    for place, value in values(path, block, tally.add_bad):
         try:
             kind, fields = recognise(value)
         except BadRecord as error:
-            tally.add_bad(where, str(error))
+            tally.add_bad(place, str(error))
             continue
         if kind == "instruct" and fields["input"] is not None and not fields["input"].strip():
             fields["input"] = None
             tally.blank_inputs += 1
         tally.records += 1
-        if not tally.bad or tally.on_bad == "skip":
-            yield Record(kind, fields, where)
-    tally.finish()
+        yield Record(kind, fields, tally.path + place)

@@ -78,7 +78,7 @@ class Encoder:
             sequence = self.codec.encode(record)
         except TemplateRefused as error:
             tally.records -= 1
-            tally.add_bad(record.where, "the chat template refuses it: %s" % error)
+            tally.add_bad(record.where[len(tally.path) :], "the chat template refuses it: %s" % error)
             return
         self.kinds[record.kind] = self.kinds.get(record.kind, 0) + 1
         if record.kind == "pretrain":

@@ -13,7 +13,7 @@ PACKAGES = ("pipeline_train", "export", "serve", "verbs")
 # Lowest first: a module may import its own row and the rows above it in this list.
 ROWS = [
     {"errors", "pulse", "watch"},
-    {"families", "manifest", "host", "native", "data.records", "data.shapes", "data.files", "data.template"},
+    {"families", "manifest", "proof", "host", "native", "data.records", "data.shapes", "data.files", "data.json_text", "data.template"},
     {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder", "checkpoint_folder", "loss_scale"},
     {"compat"},
     {"models", "data", "plan"},
@@ -23,8 +23,8 @@ ROWS = [
     {"prepare"},
     {"launch", "report", "selftest_run"},
 ]
-EXPORT_MAY = {"errors", "families", "manifest", "config", "models", "weights", "data.template"}
-SERVE_MAY = {"errors", "families", "manifest", "config", "data.template"}
+EXPORT_MAY = {"errors", "families", "manifest", "proof", "host", "config", "models", "weights", "data.template"}
+SERVE_MAY = {"errors", "families", "manifest", "proof", "config", "data.template"}
 LIBRARIES = {  # library -> where it may be imported
     "deepspeed": tuple("pipeline_train/%s.py" % name for name in ("compat", "stages", "engine", "optimizer"))
     + ("serve/ds_generate.py",),
@@ -106,7 +106,7 @@ def test_no_torch_where_planning_and_validation_live():
     assert [u for u in users if u.startswith(NO_TORCH)] == []
 
 
-@pytest.mark.parametrize("module", ["pipeline_train.families", "pipeline_train.plan", "pipeline_train.manifest", "export.naming"])
+@pytest.mark.parametrize("module", ["pipeline_train.families", "pipeline_train.plan", "pipeline_train.manifest", "pipeline_train.proof", "export.naming"])
 def test_runs_in_a_bare_venv(module):
     """-S -I leaves only the standard library: no site-packages at all."""
     code = "import sys; sys.path.insert(0, %r); import %s" % (str(ROOT), module)
