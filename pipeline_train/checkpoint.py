@@ -18,17 +18,19 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
 
 from . import checkpoint_folder, compat, host, manifest, masters
 from .checkpoint_folder import folder
-from .engine import Pipeline
 from .errors import RunFailed
 from .masters import load, named, settle_ties, start
 from .weights.writing import write_file
+
+if TYPE_CHECKING:
+    from .engine import Pipeline
 
 __all__ = ["Saver", "folder", "load", "named", "settle_ties", "start"]
 log = logging.getLogger("pipedock")
@@ -76,7 +78,7 @@ class Saver:
     Raises RunFailed, on every rank with the first one's reason, when a file cannot be written; the folder aside is removed.
     """
 
-    def __init__(self, pipe: Pipeline, out: Path, facts: Dict[str, Any]) -> None:
+    def __init__(self, pipe: "Pipeline", out: Path, facts: Dict[str, Any]) -> None:
         self.pipe, self.out, self.facts, self.rank = pipe, out, facts, dist.get_rank()
         self.tick = pipe.watched.pulse.tick  # a sign of life for the launcher
         here = socket.gethostname()

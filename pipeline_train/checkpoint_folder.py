@@ -91,6 +91,7 @@ def prune(written: Path, keep: int) -> None:
             continue
         try:
             os.replace(str(found), str(aside_of(found)))  # half deleted, it must not look like a checkpoint
+            sync(found.parent)
             shutil.rmtree(str(aside_of(found)))
         except OSError as error:
             log.warning("%s: cannot be deleted: %s", found, error.strerror)

@@ -57,8 +57,7 @@ def write(folder: PathLike, document: Dict[str, Any]) -> None:
     path = Path(folder) / NAME
     aside = path.with_name(NAME + ".partial")
     with open(str(aside), "w", encoding="utf-8") as file:
-        json.dump(document, file, indent=1, sort_keys=True)
-        file.write("\n")
+        file.write(json.dumps(document, indent=1, sort_keys=True) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(str(aside), str(path))

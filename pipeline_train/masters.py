@@ -5,27 +5,29 @@ With ZeRO-1 each replica holds a piece of every master weight; Pipeline.read_who
 
 import logging
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, Tuple
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
 from . import manifest
-from .engine import Pipeline
 from .models import build_layer, init_layer
 from .weights import open_source
+
+if TYPE_CHECKING:
+    from .engine import Pipeline
 
 log = logging.getLogger("pipedock")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what the loss scaler remembers
 
 
-def named(pipe: Pipeline, layer: int) -> Dict[str, torch.nn.Parameter]:
+def named(pipe: "Pipeline", layer: int) -> Dict[str, torch.nn.Parameter]:
     """Slot name -> parameter of a layer of this rank; a shared tied weight appears in both layers."""
     return dict(pipe.stage.layers[layer].named_parameters())
 
 
-def start(pipe: Pipeline) -> None:
+def start(pipe: "Pipeline") -> None:
     """Fill this rank's layers from model.path, or from scratch when model.init is random. Only its own layers are read."""
     config = pipe.config
     source = open_source(config.model.path) if config.model.init == "pretrained" else None
@@ -41,7 +43,7 @@ def start(pipe: Pipeline) -> None:
     pipe.set_steps(0)
 
 
-def load(pipe: Pipeline, path: Path) -> int:
+def load(pipe: "Pipeline", path: Path) -> int:
     """Fill weights, moments, step counters and loss scaler from a checkpoint; -> the number of steps it has done."""
     document = manifest.read(path)
     state = document["training"]
@@ -61,7 +63,7 @@ def load(pipe: Pipeline, path: Path) -> int:
     return int(document["step"])
 
 
-def settle_ties(pipe: Pipeline) -> None:
+def settle_ties(pipe: "Pipeline") -> None:
     """Give the head's copy the embedding's values where they differ.
 
     They do not differ with one or two replicas. With more, an all-reduce may add the replicas up in another order on the
@@ -80,11 +82,11 @@ def settle_ties(pipe: Pipeline) -> None:
             pipe.write_whole(stage.tied_weight, theirs.cpu(), moment)
 
 
-def writes(pipe: Pipeline, layer: int) -> bool:
+def writes(pipe: "Pipeline", layer: int) -> bool:
     return layer % pipe.config.parallel.data == pipe.data_rank
 
 
-def files(pipe: Pipeline, layers: Iterable[int]) -> Iterator[Tuple[str, Dict[str, torch.Tensor]]]:
+def files(pipe: "Pipeline", layers: Iterable[int]) -> Iterator[Tuple[str, Dict[str, torch.Tensor]]]:
     """Those files of ``layers`` that this replica writes: name, tensors. All replicas of a stage must ask for the same layers
     together: each holds a piece of every tensor."""
     for layer in layers:
@@ -97,10 +99,10 @@ def files(pipe: Pipeline, layers: Iterable[int]) -> Iterator[Tuple[str, Dict[str
             yield manifest.optim_file(layer), moments
 
 
-def optimizer_steps(pipe: Pipeline) -> int:
+def optimizer_steps(pipe: "Pipeline") -> int:
     state = pipe.base_optimizer.state[pipe.groups[0]["params"][0]]
     return int(state.get("step", 0))
 
 
-def scaler_state(pipe: Pipeline) -> Dict[str, Any]:
+def scaler_state(pipe: "Pipeline") -> Dict[str, Any]:
     return {key: getattr(pipe.loss_scaler, key) for key in SCALER if hasattr(pipe.loss_scaler, key)}

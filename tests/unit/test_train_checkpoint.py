@@ -7,16 +7,12 @@ import stat
 import threading
 
 import pytest
+import torch.distributed as dist
+from safetensors.torch import load_file
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("deepspeed")
-import torch.distributed as dist  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-
-from pipeline_train import checkpoint, config, families, host, manifest  # noqa: E402
-from pipeline_train.errors import RunFailed  # noqa: E402
-from pipeline_train.models import build_layer  # noqa: E402
-from tests.models import tiny_config  # noqa: E402
+from pipeline_train import checkpoint, host, manifest
+from pipeline_train.errors import RunFailed
+from tests.fake_pipe import Pipe
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,52 +22,6 @@ def alone(tmp_path_factory):
     dist.init_process_group("gloo", init_method="file://%s" % store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-class Pulse:
-    def tick(self, doing):
-        pass
-
-
-class Watched:
-    pulse = Pulse()
-
-
-class Pipe:
-    """What a Saver asks of a pipeline: one rank that has all layers; a moment is its weight plus 1 or 2."""
-
-    cuda, data_rank, loss_scaler, watched = False, 0, None, Watched()
-
-    def __init__(self, family="llama", **train):
-        self.config = config.parse({
-            "run": {"out": "x"}, "model": {"path": "x", "dtype": "fp32"}, "data": {"train": "x"}, "parallel": {"pipe": 1},
-            "train": train,
-        })  # fmt: skip
-        self.dims = families.dims_of(tiny_config(family))
-        self.stage = type("Stage", (), {"tied_weight": None})()
-        self.stage.layers = {layer: build_layer(self.dims, layer) for layer in range(self.dims.layers)}
-        self.moments = manifest.MOMENTS[self.config.optim.type]
-        self.steps = 0
-        self.set(0)
-
-    def set(self, step):
-        """As if ``step`` steps were done."""
-        self.steps = step
-        with torch.no_grad():
-            for layer in self.stage.layers.values():
-                for parameter in layer.parameters():
-                    parameter.fill_(float(step))
-
-    @property
-    def groups(self):
-        return [{"params": ["flat"]}]
-
-    @property
-    def base_optimizer(self):
-        return type("Optimizer", (), {"state": {"flat": {"step": self.steps}}})
-
-    def read_whole(self, parameter, moment=None):
-        return parameter.detach().clone() + (0 if moment is None else 1 + self.moments.index(moment))
 
 
 @pytest.fixture
