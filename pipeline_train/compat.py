@@ -142,7 +142,8 @@ def clip_fp32(optimizer: Any, version: Optional[str]) -> None:
     def look_and_clip(*args: Any, **kwargs: Any) -> None:
         look(*args, **kwargs)
         if not optimizer.overflow:
-            norm = optimizer._global_grad_norm = optimizer.scaled_global_norm()
+            norm = optimizer.scaled_global_norm()
+            optimizer._global_grad_norm = norm / optimizer.loss_scale  # 1, unless a test plants another
             flat = optimizer.single_partition_of_fp32_groups
             grads = [p.grad for p in flat] if optimizer.cpu_offload else list(optimizer.averaged_gradients.values())
             optimizer.unscale_and_clip_grads(grads, norm)

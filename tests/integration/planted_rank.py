@@ -56,7 +56,8 @@ def as_fp16(planted, scale, window, hysteresis, least):
     """fp16 needs a GPU; its scaler, and all that DeepSpeed's ZeRO-1 does around it, does not."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    scaler = DynamicLossScaler(scale, window, least, hysteresis, False, raise_error_at_min_scale=False)
+    scaler = DynamicLossScaler(init_scale=scale, scale_window=window, min_scale=least, delayed_shift=hysteresis,
+                               consecutive_hysteresis=False, raise_error_at_min_scale=False)  # fmt: skip
     planted.pipe.engine.optimizer.loss_scaler = scaler
     planted.pipe.config.model.dtype = "fp16"
     planted.pipe.watched.fp16 = True

@@ -160,8 +160,14 @@ def test_a_broken_index(folder):
         assert 'not an index of shards (expected JSON with "weight_map": {key: file})' in refused(folder)
 
 
-def test_a_bin_index_that_lies(folder):
+def in_order(folder):
+    """The weights by name, so that the last shard holds model.norm.weight, without what transformers 4.30 saves besides them."""
     state = load_file(str(folder / "model.safetensors"))
+    return {key: state[key] for key in sorted(state) if not key.endswith("inv_freq")}
+
+
+def test_a_bin_index_that_lies(folder):
+    state = in_order(folder)
     without_weights(folder)
     save_bin(folder, state, shards=2)
     index = folder / "pytorch_model.bin.index.json"
@@ -178,7 +184,7 @@ def test_a_bin_index_that_lies(folder):
     ("model.layers.0.self_attn.rotary_emb.inv_freq", None),
 ])  # fmt: skip
 def test_a_bin_shard_with_more_than_its_index_says(folder, key, message):
-    state = load_file(str(folder / "model.safetensors"))
+    state = in_order(folder)
     without_weights(folder)
     save_bin(folder, state, shards=2)
     weight_map = json.loads((folder / "pytorch_model.bin.index.json").read_text())["weight_map"]

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 from pipeline_train import compat, config, manifest, prepare  # noqa: E402
 from pipeline_train.data import template  # noqa: E402
 from pipeline_train.errors import UserError  # noqa: E402
-from tests.models import make_hf, tiny_config  # noqa: E402
+from tests.models import computed, make_hf, tiny_config  # noqa: E402
 from tests.tokenizers import tiny_tokenizer  # noqa: E402
 
 V100 = compat.Gpus(2, "Tesla V100-SXM2-32GB", False)
@@ -26,7 +26,7 @@ H100 = compat.Gpus(2, "NVIDIA H100 80GB HBM3", True)
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tiny_tokenizer(folder, "bpe")
-    make_hf(folder, tiny_config("llama", vocab_size=600, tie_word_embeddings=True, num_key_value_heads=2))
+    make_hf(folder, computed(tiny_config("llama", vocab_size=600, tie_word_embeddings=True, num_key_value_heads=2)))
     return folder
 
 
