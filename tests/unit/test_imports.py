@@ -33,7 +33,7 @@ LIBRARIES = {  # library -> where it may be imported
     "docker": ("serve/",),
 }
 NO_TORCH = tuple("pipeline_train/" + name for name in (
-    "families/", "config.py", "plan.py", "data/", "manifest.py", "prepare.py", "launch.py", "migrate.py",
+    "families/", "config.py", "plan/", "data/", "manifest.py", "prepare.py", "launch.py", "migrate.py",
 )) + ("export/naming.py",)  # fmt: skip
 
 

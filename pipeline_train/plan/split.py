@@ -7,8 +7,8 @@ recomputing a block adds its forward once more. An embedding lookup costs nothin
 
 from typing import Any, Callable, List, Optional, Sequence, Union
 
-from .errors import UserError
-from .families import FAMILIES, Dims
+from ..errors import UserError
+from ..families import FAMILIES, Dims
 
 Join = Callable[[Any, Any], float]
 

@@ -1,0 +1,136 @@
+"""What a micro-batch needs on a stage: bytes that layers keep for the backward pass, and what they need while they run.
+
+First principles, read off ``models/*.py`` operation by operation; tests/unit/test_plan_activations.py counts the same bytes on
+the real modules with saved-tensor hooks. Letters: n = B T tokens of a micro-batch, D hidden, Q = heads x head_dim, F ffn,
+H heads, T row length, V vocabulary, b bytes of the run's dtype (2 or 4), S = n H T attention scores of one block.
+
+Two ways to attend (models/attention.py):
+fused  scaled_dot_product_attention with an explicit mask: keeps q, k, v, its output and a log-sum-exp (4 bytes per head and
+       token), not the scores. torch 2.
+eager  torch 1.13 has no fused attention: keeps the probabilities in fp32 (4 S) and, in 16 bits, their rounded copy (2 S).
+"""
+
+from typing import Callable, NamedTuple
+
+from ..families import Dims
+
+
+class Shape(NamedTuple):
+    """One micro-batch: rows of ``seq`` tokens, ``micro`` of them, ``width`` bytes a number, attention ``eager`` or fused."""
+
+    micro: int
+    seq: int
+    width: int
+    eager: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.micro * self.seq
+
+
+class Layer(NamedTuple):
+    """Bytes for one micro-batch in one layer.
+
+    ``kept``: from its forward to its backward pass (its input among it where the layer saves it). ``peak``: the most that is
+    alive of it while it runs forward or backward, ``kept`` included, gradients of weights not. ``input``: what recomputation
+    keeps instead of ``kept``.
+    """
+
+    kept: int
+    peak: int
+    input: int
+
+
+class Attention(NamedTuple):
+    """``kept`` by the attention proper; ``forward`` and ``backward``: the most alive while it runs, ``kept`` included."""
+
+    kept: int
+    forward: int
+    backward: int
+
+
+def attention(dims: Dims, shape: Shape, mask: int, heads_in_mask: int, inputs: int) -> Attention:
+    """``inputs``: bytes of q, k, v as kept. ``mask``: bytes of the additive mask as kept; ``heads_in_mask``: 1 or H."""
+    n, b = shape.tokens, shape.width
+    out = n * dims.q_size * b
+    if not shape.eager:
+        kept = inputs + mask + out + 4 * n * dims.heads
+        # The mask is made in fp32 and then rounded; backward: gradients of q, k, v and of the output, in the layout they need.
+        making = n * shape.seq * heads_in_mask * 4 if b < 4 else 0
+        return Attention(kept, inputs + mask + max(making, 2 * out), kept + 5 * out)
+    scores = n * dims.heads * shape.seq
+    kept = inputs + out + scores * (6 if b == 2 else 4)
+    # 16 bits forward: scores 2, softmax 4, rounded 2. Backward: probabilities 4, their gradient 2, the same in fp32 4 (or,
+    # after it, the scores' gradient 2). fp32 forward: scores with and without mask; backward: probabilities and two gradients.
+    forward = inputs + mask + scores * (8 if b == 2 else 8)
+    return Attention(kept, forward, inputs + out + scores * (10 if b == 2 else 12))
+
+
+def _llama_block(dims: Dims, shape: Shape) -> Layer:
+    n, b, wide = shape.tokens, shape.width, 4
+    hidden, query, ffn = n * dims.hidden * b, n * dims.q_size * b, n * dims.ffn * b
+    # RMSNorm: its input in fp32 (in an fp32 run that is the residual stream itself), 1/rms, the rounded quotient, its output.
+    norm = n * dims.hidden * wide + n * wide + 2 * hidden
+    # q and k turned by their positions, v; k and v repeated to all heads. cos and sin of every token, for both.
+    turned = 3 * query + 2 * n * dims.head_dim * b
+    attn = attention(dims, shape, n * shape.seq * b, 1, turned)
+    mlp = 4 * ffn  # gate, silu(gate), up, their product
+    kept = norm + attn.kept + norm + mlp
+    start = norm + hidden  # before attention; the residual stream beside it
+    moments = (
+        start + attn.forward + 3 * query,  # q, k, v before they are turned
+        start + attn.backward + 3 * query,
+        kept + hidden + ffn,  # backward: the gradients of the block's output and of the product
+        kept + hidden + 2 * ffn,  # then of silu(gate) and up, the product is gone
+    )
+    return Layer(kept, max(moments), hidden)
+
+
+def _bloom_block(dims: Dims, shape: Shape) -> Layer:
+    n, b, wide = shape.tokens, shape.width, 4
+    hidden, query, ffn = n * dims.hidden * b, n * dims.q_size * b, n * dims.ffn * b
+    norm = 2 * hidden + 2 * n * wide  # LayerNorm: its input, mean and 1/deviation, its output
+    bias = n * dims.heads * shape.seq * b  # ALiBi with the mask: one number for each head and pair of tokens
+    attn = attention(dims, shape, bias, dims.heads, 3 * query)
+    mlp = 2 * ffn  # before and after the GELU
+    kept = norm + attn.kept + norm + mlp
+    moments = (
+        norm + attn.forward,
+        norm + hidden + attn.backward,
+        kept + hidden + ffn,  # backward: the gradients of the block's output and of the GELU's output
+        kept + hidden + ffn + ffn - ffn,  # then of its input, when its output is gone
+    )
+    return Layer(kept, max(moments), hidden)
+
+
+def _llama_embed(dims: Dims, shape: Shape) -> Layer:
+    ids = 8 * shape.tokens
+    return Layer(ids, ids, 0)
+
+
+def _bloom_embed(dims: Dims, shape: Shape) -> Layer:
+    ids, hidden = 8 * shape.tokens, shape.tokens * dims.hidden * shape.width
+    kept = ids + hidden + 8 * shape.tokens  # the word embeddings and the norm's statistics
+    return Layer(kept, kept + hidden, 0)
+
+
+def _llama_head(dims: Dims, shape: Shape) -> int:
+    n = shape.tokens
+    return n * dims.hidden * (4 + 2 * shape.width) + 4 * n
+
+
+def _bloom_head(dims: Dims, shape: Shape) -> int:
+    n = shape.tokens
+    return 2 * n * dims.hidden * shape.width + 8 * n
+
+
+class Kept(NamedTuple):
+    block: Callable[[Dims, Shape], Layer]
+    embed: Callable[[Dims, Shape], Layer]
+    head_norm: Callable[[Dims, Shape], int]  # what the norm before the head keeps
+
+
+FAMILIES_KEEP = {
+    "llama": Kept(_llama_block, _llama_embed, _llama_head),
+    "bloom": Kept(_bloom_block, _bloom_embed, _bloom_head),
+}  # type: Dict[str, Kept]
