@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 
@@ -13,6 +13,7 @@ log = logging.getLogger("pipedock")
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}  # optimizer state kept per parameter
 # A partition's elements that the Triton kernel can number: it counts them in int32.
 MOST_FOR_TRITON = 2**31 - 1
+LION_PIECE = 1 << 26  # elements of a Lion update at a time
 
 
 def learning_rate(optim: Optim, step: int, total: int) -> float:
@@ -40,10 +41,24 @@ def build(groups: List[Dict[str, Any]], optim: Optim, cuda: bool, offload: bool)
     if optim.type == "lion":
         from lion_pytorch import Lion
 
-        return Lion(groups, use_triton=_triton(groups, optim, cuda and not offload), **keys)
+        lion = Lion(groups, use_triton=_triton(groups, optim, cuda and not offload), **keys)
+        lion.update_fn = in_pieces(lion.update_fn)
+        return lion
     if compat.fused_adamw(cuda and not offload):
         keys["fused"] = True
     return torch.optim.AdamW(groups, **keys)
+
+
+def in_pieces(update: Callable[..., None]) -> Callable[..., None]:
+    """lion-pytorch's update of one tensor, by pieces of it: the same numbers. Torch's way makes two temporaries of the tensor's
+    size, the Triton kernel copies weights and momentum when it tunes itself: 8 bytes a parameter, for a flat partition all at
+    once, which is what Lion was to save."""
+
+    def update_pieces(p: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, *rest: Any) -> None:
+        for piece in zip(p.split(LION_PIECE), grad.split(LION_PIECE), exp_avg.split(LION_PIECE)):
+            update(*piece, *rest)
+
+    return update_pieces
 
 
 def _deepspeed_cpu(groups: List[Dict[str, Any]], kind: str, keys: Dict[str, Any]) -> Optional[torch.optim.Optimizer]:
