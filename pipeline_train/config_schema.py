@@ -33,6 +33,7 @@ class Data(Section):
     pack: bool = True
     on_bad: Literal["fail", "skip"] = "fail"
     over_long: Literal["truncate", "drop", "fail"] = "truncate"
+    cache: str = "auto"  # of encoded data: auto (in ~/.cache/pipedock/data), off, or a folder
 
 
 class Parallel(Section):

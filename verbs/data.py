@@ -58,8 +58,9 @@ def _describe(loaded: Any, codec: Any, which: str, seq_len: int) -> Dict[str, An
 
     from pipeline_train.data import report
     from pipeline_train.data.feed import Feed, prepare
+    from pipeline_train.data.store import scratch as scratch_place
 
-    with tempfile.TemporaryDirectory(prefix="pipedock-data-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="pipedock-data-", dir=scratch_place(loaded)) as scratch:
         folder = Path(scratch)
         prepare(loaded, codec, which, folder, seq_len)
         feed = Feed.open(

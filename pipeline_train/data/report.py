@@ -16,7 +16,7 @@ GREEN, PLAIN = "\x1b[1;32m", "\x1b[0m"
 
 def describe(feed: Feed, codec: TextCodec, folder: Path, which: str) -> Dict[str, Any]:
     """The statistics of ``prepare`` and, for an epoch: rows, packing_efficiency, steps; ``sample``: the first one in pieces."""
-    found = {k: v for k, v in feed.statistics.items() if k != "codec"}
+    found = {k: v for k, v in feed.statistics.items() if k not in ("codec", "facts", "key")}
     found["rows"] = feed.rows
     found["packing_efficiency"] = round(feed.efficiency(), 4)
     found["steps_per_epoch"] = feed.steps_per_epoch

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline_train import config
-from pipeline_train.data import arrays, store
+from pipeline_train.data import arrays, files
 from pipeline_train.data.encode import IGNORED, TextCodec
 from pipeline_train.data.feed import Feed, prepare
 from pipeline_train.data.records import read
@@ -231,14 +231,14 @@ def test_the_hash_is_of_content_and_codec(tmp_path, codec, monkeypatch):
     values = mixed(20)
     first = encode(tmp_path, codec, values)["hash"]
     assert encode(tmp_path, codec, values)["hash"] == first
+    ids = np.load(tmp_path / "data" / "train.ids.npy")
     assert encode(tmp_path, codec, values[:-1])["hash"] != first
     assert encode(tmp_path, codec, values, seq_len=64)["hash"] != first
-    monkeypatch.setattr(store, "BUFFER", 7)  # written in many pieces
+    (tmp_path / "data" / "train.json").unlink()
+    monkeypatch.setattr(files, "BYTES", 700)  # in many blocks
     assert encode(tmp_path, codec, values)["hash"] == first
-    ids = np.load(tmp_path / "data" / "train.ids.npy")
-    monkeypatch.undo()
-    encode(tmp_path, codec, values)
     assert np.array_equal(ids, np.load(tmp_path / "data" / "train.ids.npy"))
+    monkeypatch.undo()
     monkeypatch.setattr(codec, "stop_ids", [7])
     assert encode(tmp_path, codec, values)["hash"] != first
 

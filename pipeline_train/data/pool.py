@@ -1,0 +1,93 @@
+"""Blocks -> encoded blocks, in order, by several processes."""
+
+import collections
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Callable, Deque, Generator, Iterator, Optional, Tuple
+
+from ..errors import RunFailed
+from . import template
+from .block_encoder import BlockEncoder, Encoded
+from .files import Block
+
+AHEAD = 2  # blocks given out for each process, so that none waits for the next
+MOST = 24  # processes: with as many, what they and this one hold is still under a gigabyte
+
+_encoder: Optional[BlockEncoder] = None  # of this worker process
+
+
+def cores() -> int:
+    """Processes that make sense on this machine."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, MOST)
+
+
+def encoded(
+    blocks: Iterator[Block], encoder: BlockEncoder, check_only: Callable[[], bool], processes: int
+) -> Generator[Tuple[Block, Encoded], None, None]:
+    """Each block with what it gives, in order. ``processes`` 0: all in this process. ``check_only`` is asked for each block when it
+    is given out. Close the iterator when leaving it early. Raises RunFailed when a process is killed."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of the library would fight the processes, and forbid fork
+    if not processes:
+        for block in blocks:
+            yield block, encoder.encode(block, check_only())
+        return
+    fork = sys.platform.startswith("linux")  # elsewhere libraries are known not to survive it
+    waiting: Deque[Tuple[Block, Future[Encoded]]] = collections.deque()
+    executor = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("fork" if fork else "spawn"), _begin, (encoder, os.getpid(), template.fixed_now())
+    )
+    try:
+        for block in blocks:
+            waiting.append((_without_values(block), executor.submit(_encode, block, check_only())))
+            if len(waiting) >= AHEAD * processes:
+                yield _next(waiting)
+        while waiting:
+            yield _next(waiting)
+    except BrokenProcessPool:
+        raise RunFailed(
+            "a process that encodes the data was killed, perhaps because memory ran out; start again: it goes on from there"
+        ) from None
+    finally:
+        for _, future in waiting:
+            future.cancel()
+        executor.shutdown(wait=True)
+
+
+def _next(waiting: "Deque[Tuple[Block, Future[Encoded]]]") -> Tuple[Block, Encoded]:
+    block, future = waiting[0]
+    result = future.result()
+    waiting.popleft()
+    return block, result
+
+
+def _without_values(block: Block) -> Block:
+    return block._replace(values=None)
+
+
+def _begin(encoder: BlockEncoder, parent: int, now: Any) -> None:
+    """The beginning of a worker process. Ctrl-C reaches it too, and is the parent's to answer."""
+    global _encoder
+    _encoder = encoder
+    template.fix_now(now)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A parent that was killed cannot end its workers, and they would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _encode(block: Block, check_only: bool) -> Encoded:
+    assert _encoder is not None
+    return _encoder.encode(block, check_only)
