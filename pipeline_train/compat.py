@@ -66,9 +66,14 @@ def check_deepspeed(version: Optional[str]) -> None:
             raise UserError("deepspeed %s is refused: %s. Install %s." % (version, row.reason, " or ".join(reversed(TESTED))))
 
 
+def has_bf16(version: Optional[str]) -> bool:
+    """bf16 pipelines crash at the first gradient reduction in DeepSpeed before 0.9.3 (#3441)."""
+    return version is None or release(version) >= (0, 9, 3)
+
+
 def check_dtype(version: Optional[str], dtype: str) -> None:
-    """bf16 pipelines crash at the first gradient reduction in releases before 0.9.3 (DeepSpeed #3441). Raises UserError."""
-    if dtype == "bf16" and version is not None and release(version) < (0, 9, 3):
+    """Raises UserError for bf16 where DeepSpeed has none."""
+    if dtype == "bf16" and not has_bf16(version):
         raise UserError("model.dtype: bf16 does not work in deepspeed %s (fixed in 0.9.3); use fp16, fp32 or deepspeed %s"
                         % (version, TESTED[-1]))  # fmt: skip
 
@@ -149,6 +154,13 @@ def clip_fp32(optimizer: Any, version: Optional[str]) -> None:
             optimizer.unscale_and_clip_grads(grads, norm)
 
     optimizer.check_overflow = look_and_clip
+
+
+def has_sdpa() -> bool:
+    """torch.nn.functional.scaled_dot_product_attention came with torch 2; before, attention is computed step by step."""
+    from torch.nn import functional
+
+    return hasattr(functional, "scaled_dot_product_attention")
 
 
 def fused_adamw(cuda: bool) -> bool:

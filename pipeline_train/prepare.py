@@ -81,7 +81,7 @@ def resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str, 
         compat.check_cpu(found["deepspeed"])
     if run.model.dtype == "auto":
         run.model.dtype = "fp32" if not gpus.number else "bf16" if gpus.bf16 else "fp16"
-        if run.model.dtype == "bf16" and compat.release(found["deepspeed"] or "") < (0, 9, 3):
+        if run.model.dtype == "bf16" and not compat.has_bf16(found["deepspeed"]):
             run.model.dtype = "fp16"
     if not gpus.number and run.model.dtype == "fp16":
         raise UserError("%s: model.dtype: fp16 needs a GPU, and none is here; use fp32 or bf16" % where)

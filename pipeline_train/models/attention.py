@@ -12,7 +12,9 @@ from typing import Iterator, List, Optional
 import torch
 from torch.nn import functional as F
 
-HAS_SDPA = hasattr(F, "scaled_dot_product_attention")  # torch 2; not in 1.13
+from .. import compat
+
+HAS_SDPA = compat.has_sdpa()
 
 
 def attend(

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from pipeline_train import compat, config, prepare
 from pipeline_train.errors import RunFailed, UserError
@@ -87,3 +88,63 @@ def test_gpus_are_asked_of_torch_in_another_process(monkeypatch, tmp_path):
 
 def test_grouped_queries_are_compared_where_transformers_has_them():
     assert [compat.has_grouped_queries(version) for version in (None, "4.30.2", "4.31.0", "5.17.0")] == [False, False, True, True]
+
+
+class Zero:
+    """What clip_fp32 sees of ZeRO-1's optimizer: one gradient of norm 5, or one that overflowed."""
+
+    def __init__(self, dtype, overflow=False, offload=False):
+        self.dtype, self.overflow, self.cpu_offload, self.loss_scale = dtype, overflow, offload, 1.0
+        self._global_grad_norm, self.looked = 0.0, 0
+        self.gradient = torch.tensor([3.0, 4.0])
+        self.averaged_gradients = {} if offload else {0: [self.gradient]}
+        flat = torch.nn.Parameter(torch.zeros(2))
+        flat.grad = self.gradient if offload else None
+        self.single_partition_of_fp32_groups = [flat]
+
+    def check_overflow(self, partition_gradients=True):
+        self.looked += 1
+
+    def scaled_global_norm(self):
+        return float(self.gradient.norm())
+
+    def unscale_and_clip_grads(self, gradients, norm):
+        for part in gradients:
+            for gradient in part if isinstance(part, list) else [part]:
+                gradient.mul_(1 / max(1.0, norm / 0.5))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_fp32_gradients_are_clipped_where_deepspeed_does_it_for_fp16_only(offload):
+    zero = Zero(torch.float32, offload=offload)
+    compat.clip_fp32(zero, "0.9.2")
+    zero.check_overflow()
+    assert (zero.looked, zero._global_grad_norm) == (1, 5.0) and zero.gradient.tolist() == pytest.approx([0.3, 0.4])
+
+
+@pytest.mark.parametrize("dtype, version, overflow", [
+    (torch.float16, "0.9.2", False), (torch.float32, "0.19.8", False), (torch.float32, "0.9.2", True),
+])  # fmt: skip
+def test_nothing_is_clipped_twice_and_no_overflow_is_hidden(dtype, version, overflow):
+    zero = Zero(dtype, overflow)
+    compat.clip_fp32(zero, version)
+    zero.check_overflow()
+    assert (zero.looked, zero._global_grad_norm, zero.gradient.tolist()) == (1, 0.0, [3.0, 4.0])
+
+
+def test_what_this_torch_has():
+    release = compat.release(torch.__version__)
+    assert compat.has_sdpa() == (release >= (2, 0, 0))
+    assert (compat.fused_adamw(True), compat.fused_adamw(False)) == (release >= (2, 0, 0), release >= (2, 4, 0))
+
+
+def test_what_a_release_knows():
+    assert [compat.has_bf16(version) for version in ("0.9.2", "0.9.3", "0.19.8", None)] == [False, True, True, True]
+    assert [compat.has_grouped_queries(version) for version in ("4.30.2", "4.31.0", None)] == [False, True, False]
+
+
+def test_quiet_cpu_ops_is_there_on_every_stack():
+    import deepspeed
+
+    compat.quiet_cpu_ops()
+    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
