@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Dict
 
 from . import host, manifest, run_folder
+from .config_schema import RunConfig
 from .errors import RunFailed, UserError
 from .families import FAMILIES, Dims
 
@@ -36,6 +37,21 @@ def nbytes(dims: Dims, optimizer: str) -> int:
     """Disk space of one checkpoint, tokenizer files not counted: fp32 weights and moments."""
     values = sum(FAMILIES[dims.family].layer_params(dims, layer) for layer in range(dims.layers))
     return 4 * values * (1 + len(manifest.MOMENTS[optimizer])) + 2 * BLOCK * dims.layers + SLACK
+
+
+def check_room(run: RunConfig, dims: Dims, where: str, saves: int, say: run_folder.Say) -> None:
+    """Before the work begins: whether the ``saves`` to come fit on the disk of run.out. Raises UserError when not even one does;
+    says so when not as many as train.keep wants."""
+    out = Path(run.run.out)
+    needed, free = nbytes(dims, run.optim.type), shutil.disk_usage(str(out)).free
+    if free < needed:
+        raise UserError("%s: run.out: %s: a checkpoint needs %s, only %s are free on that disk. Make room, or name another folder."
+                        % (where, out, host.size(needed), host.size(free)))  # fmt: skip
+    there = len(run_folder.checkpoints(out / "checkpoints"))
+    more = min(run.train.keep + 1, there + saves) - there  # a new one is written before the oldest goes
+    if free < more * needed:
+        say("%s: run.out: %s: train.keep: %d takes up to %s more on that disk, only %s are free; a save that does not fit ends "
+            "the run" % (where, out, run.train.keep, host.size(more * needed), host.size(free)))  # fmt: skip
 
 
 def begin(final: Path, needed: int) -> None:

@@ -11,9 +11,9 @@ import os
 import shutil
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Dict, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
-from . import compat, config, deepspeed_keys, families, manifest, native, plan, run_folder, sinks, weights
+from . import checkpoint_folder, compat, config, deepspeed_keys, families, manifest, native, plan, run_folder, sinks, weights
 from .config_schema import RunConfig
 from .data import feed, template
 from .data.encode import TextCodec
@@ -36,7 +36,7 @@ class Prepared(NamedTuple):
     done: int
 
 
-def prepare(run: RunConfig, source: Path, resume: Optional[str], say: Say) -> Prepared:
+def prepare(run: RunConfig, source: Path, resume: Optional[str], say: Say, allow_changed_data: bool = False) -> Prepared:
     """Check, resolve, encode. ``source``: the user's run.yaml. ``resume``: None, "newest" or "auto". Raises UserError."""
     found = compat.versions()
     compat.check_deepspeed(found["deepspeed"])
@@ -56,17 +56,21 @@ def prepare(run: RunConfig, source: Path, resume: Optional[str], say: Say) -> Pr
     document = None if checkpoint is None else manifest.read(checkpoint)
     if checkpoint is not None and document is not None:  # before anything of the old run is overwritten
         run_folder.same_model(checkpoint, dims)
-        run_folder.same_run(run, document, facts)
+        run_folder.same_run(run, document, facts, allow_changed_data)
     codec = TextCodec.load(str(folder), run.data.template)
     codec.check_vocab(dims.vocab)
     facts.update(_freeze_date(codec, document, say))
     facts["data"] = _encode(run, out, codec, say)
-    total = _total_steps(run, out, codec.pad_id, say)
+    total, per_epoch = _total_steps(run, out, codec.pad_id, say)
+    done = 0 if document is None else int(document["step"])
     if document is not None:
-        run_folder.same_run(run, document, facts)
+        _say_new_data(run_folder.same_run(run, document, facts, allow_changed_data), done, total, per_epoch, say)
         run_folder.say_changes(run, out, say)
+    saves = _saves(run.train.save_every or total, done, total)
+    if saves:
+        checkpoint_folder.check_room(run, dims, source.name, saves, say)
     _write_resolved(run, out, source, folder, codec, {"versions.json": found, "data.json": dict(facts, pad_id=codec.pad_id)})
-    return Prepared(run, out, dims, gpus, total, checkpoint, 0 if document is None else int(document["step"]))
+    return Prepared(run, out, dims, gpus, total, checkpoint, done)
 
 
 def resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str, say: Say) -> int:
@@ -163,7 +167,7 @@ def _encode(run: RunConfig, out: Path, codec: TextCodec, say: Say) -> str:
         raise UserError("run.out: %s: cannot be made: %s" % (out / "data", error.strerror)) from None
     statistics = {}
     for which in ("eval", "train") if run.data.eval is not None else ("train",):
-        statistics = feed.prepare(run, codec, which, out / "data", seq_len)
+        statistics = feed.prepare(run, codec, which, out / "data", seq_len, say)
         for line in statistics["warnings"]:
             say(line)
     say("%(file)s: %(records)d records, %(bad)d bad, %(tokens)d tokens, %(learnt_tokens)d of them learnt, %(truncated)d truncated, "
@@ -171,7 +175,27 @@ def _encode(run: RunConfig, out: Path, codec: TextCodec, say: Say) -> str:
     return str(statistics["hash"][:16])
 
 
-def _total_steps(run: RunConfig, out: Path, pad_id: int, say: Say) -> int:
+def _say_new_data(changes: List[str], done: int, total: int, per_epoch: int, say: Say) -> None:
+    """What going on with other data means for the place in it. Raises UserError when nothing is left to do."""
+    for line in changes:
+        say(line)
+    if changes and done >= total:
+        raise UserError("--allow-changed-data: the run has done %d steps, and the new data makes only %d in all. Raise "
+                        "train.epochs, or start a new run.out." % (done, total))  # fmt: skip
+    if changes:
+        epoch, step = divmod(done, per_epoch)
+        say("--allow-changed-data: the step number goes on counting: the next step is %d of %d, which is step %d of %d in epoch %d "
+            "of the new data. What lies before it is not learnt in that epoch, what was learnt already may come again."
+            % (done + 1, total, step + 1, per_epoch, epoch + 1))  # fmt: skip
+
+
+def _saves(every: int, done: int, total: int) -> int:
+    """Saves to come: after every so many steps and at the end."""
+    return max(0, total // every - done // every + int(total % every > 0 and done < total))
+
+
+def _total_steps(run: RunConfig, out: Path, pad_id: int, say: Say) -> Tuple[int, int]:
+    """Of the run, and of one epoch."""
     seq_len = run.data.seq_len
     assert seq_len is not None
     opened = feed.Feed.open(
@@ -185,4 +209,4 @@ def _total_steps(run: RunConfig, out: Path, pad_id: int, say: Say) -> int:
     )
     say("rows of %d tokens, %.1f %% filled" % (seq_len, 100 * opened.efficiency()))
     total = run.train.epochs * opened.steps_per_epoch
-    return total if run.train.max_steps is None else min(total, run.train.max_steps)
+    return total if run.train.max_steps is None else min(total, run.train.max_steps), opened.steps_per_epoch

@@ -123,28 +123,30 @@ def same_model(checkpoint: Path, dims: Dims) -> None:
     changed = [f.name for f in fields(Dims) if getattr(before, f.name) != getattr(dims, f.name)]
     if changed:
         was, now = getattr(before, changed[0]), getattr(dims, changed[0])
-        raise _changed("model.path (%s of config.json)" % ", ".join(changed), manifest.read(checkpoint)["step"], was, now)
+        name, step = "model.path (%s of config.json)" % ", ".join(changed), manifest.read(checkpoint)["step"]
+        raise UserError("%s Change it back, or start a new run.out." % _changed(name, step, was, now))
 
 
-def same_run(run: RunConfig, document: Dict[str, Any], facts: Dict[str, Any]) -> None:
+def same_run(run: RunConfig, document: Dict[str, Any], facts: Dict[str, Any], allow_changed_data: bool = False) -> List[str]:
     """A resumed run counts steps through the same data with the same optimizer; ``facts``: what is known of it so far (see
-    prepare). Raises UserError naming what changed."""
+    prepare). -> what changed, a line each, if that is allowed. Raises UserError naming what changed if it is not."""
     before = dict(document["training"]["feed"], optimizer=document["training"]["optimizer"])
     now = dict(facts, optimizer=run.optim.type)
     keys = {
-        "seq_len": "data.seq_len", "rows_per_step": "batch.global", "pack": "data.pack", "seed": "run.seed",
-        "optimizer": "optim.type", "data": "data.train or the tokenizer",
+        "optimizer": "optim.type", "seq_len": "data.seq_len", "rows_per_step": "batch.global", "pack": "data.pack",
+        "seed": "run.seed", "data": "data.train or the tokenizer",
     }  # fmt: skip
-    for key, name in keys.items():
-        if key in now and before.get(key) != now[key]:
-            raise _changed(name, document["step"], before.get(key), now[key])
+    changed = [key for key in keys if key in now and before.get(key) != now[key]]
+    lines = [_changed(keys[key], document["step"], before.get(key), now[key]) for key in changed]
+    if "optimizer" in changed:
+        raise UserError("%s Change it back, or start a new run.out." % lines[0])
+    if changed and not allow_changed_data:
+        raise UserError("%s Change it back, go on with other data by --allow-changed-data, or start a new run.out." % lines[0])
+    return lines
 
 
-def _changed(name: str, step: int, before: Any, now: Any) -> UserError:
-    return UserError(
-        "--resume: %s changed since the checkpoint at step %d (%s, now %s). Change it back, or start a new run.out."
-        % (name, step, before, now)
-    )
+def _changed(name: str, step: int, before: Any, now: Any) -> str:
+    return "--resume: %s changed since the checkpoint at step %d (%s, now %s)." % (name, step, before, now)
 
 
 def say_changes(run: RunConfig, out: Path, say: Say) -> None:

@@ -15,6 +15,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a key of run.yaml; may be repeated")
     parser.add_argument("--resume", nargs="?", const="newest", choices=["newest", "auto"], metavar="auto",
                         help="continue from the newest whole checkpoint; auto: start if there is none")  # fmt: skip
+    parser.add_argument("--allow-changed-data", action="store_true",
+                        help="let --resume go on although the data, its packing or the batch size changed")  # fmt: skip
     parser.add_argument("--stack-check", action="store_true", help="only check the installed versions")
     parser.add_argument("--self-test", action="store_true",
                         help="only compare training on this machine with transformers, on a tiny model")  # fmt: skip
@@ -53,7 +55,7 @@ def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
 
         inputs = [path for path in (loaded.run.out, loaded.model.path, loaded.data.train, loaded.data.eval) if path is not None]
         check_free(loaded.export.dir, overwrite=args.resume is not None, apart_from=inputs)  # now, not after days of training
-    prepared = prepare(loaded, Path(args.config), args.resume, say)
+    prepared = prepare(loaded, Path(args.config), args.resume, say, args.allow_changed_data)
     out = str(prepared.out)
     if prepared.done >= prepared.total:
         say("%s: finished already, at step %d of %d" % (out, prepared.done, prepared.total))

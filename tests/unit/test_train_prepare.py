@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from pipeline_train import compat, config, manifest, prepare  # noqa: E402
+from pipeline_train import checkpoint_folder, compat, config, host, manifest, prepare  # noqa: E402
 from pipeline_train.data import template  # noqa: E402
 from pipeline_train.errors import UserError  # noqa: E402
 from tests.models import computed, make_hf, tiny_config  # noqa: E402
@@ -40,7 +40,7 @@ def start(model, tmp_path, monkeypatch):
         "".join(json.dumps({"type": "pretrain", "text": "Red, green and blue number %d." % n}) + "\n" for n in range(40))
     )
 
-    def run(resume=None, **sections):
+    def run(resume=None, allow=False, **sections):
         raw = {
             "run": {"out": str(tmp_path / "out")}, "model": {"path": str(model)}, "data": {"train": str(data), "seq_len": 32},
             "parallel": {"pipe": 2}, "batch": {"global": 4},
@@ -50,7 +50,7 @@ def start(model, tmp_path, monkeypatch):
         source = tmp_path / "run.yaml"
         source.write_text(json.dumps(raw))
         run.said = []
-        return prepare.prepare(config.load(source), source, resume, run.said.append)
+        return prepare.prepare(config.load(source), source, resume, run.said.append, allow)
 
     run.out = tmp_path / "out"
     return run
@@ -281,8 +281,95 @@ def test_a_resume_with_other_data_is_refused(start):
     used(start)
     path = start.out.parent / "train.jsonl"
     path.write_text(path.read_text().replace("number 3.", "number 4."))
-    with pytest.raises(UserError, match="--resume: data.train or the tokenizer changed since the checkpoint at step 4"):
+    with pytest.raises(UserError, match="--resume: data.train or the tokenizer changed since the checkpoint at step 4 .*"
+                       "Change it back, go on with other data by --allow-changed-data, or start a new run.out.$"):  # fmt: skip
         start("newest")
+
+
+def test_a_resume_with_other_data_goes_on_where_that_is_allowed_and_says_from_where(start):
+    total = start().total
+    used(start, step=13)
+    path = start.out.parent / "train.jsonl"
+    path.write_text(path.read_text().replace("number 3.", "number 4."))
+    done = start("newest", allow=True, train={"epochs": 3})
+    assert (done.done, done.total, total) == (13, 30, 10)
+    said = [line for line in start.said if line.startswith("--")]
+    assert said[0].startswith("--resume: data.train or the tokenizer changed since the checkpoint at step 13 (")
+    assert said[1] == (
+        "--allow-changed-data: the step number goes on counting: the next step is 14 of 30, which is step 4 of 10 in epoch 2 of "
+        "the new data. What lies before it is not learnt in that epoch, what was learnt already may come again."
+    )
+    assert len(said) == 3 and said[2].startswith("--resume: train.epochs was 1, is 3")
+
+
+@pytest.mark.parametrize("name, sections", [
+    ("data.seq_len", {"data": {"seq_len": 64}}), ("batch.global", {"batch": {"global": 8}}),
+    ("data.pack", {"data": {"pack": False}}),
+])  # fmt: skip
+def test_rows_of_another_kind_are_other_data_too(start, name, sections):
+    start()
+    used(start)
+    done = start("newest", allow=True, **dict(sections, train={"epochs": 9}))
+    assert done.done == 4
+    assert [line for line in start.said if line.startswith("--resume: %s changed since the checkpoint at step 4 (" % name)]
+
+
+def test_what_no_flag_allows(start, model, tmp_path):
+    start()
+    used(start)
+    with pytest.raises(UserError, match="optim.type changed since the .*Change it back, or start a new run.out.$"):
+        start("newest", allow=True, optim={"type": "lion"})
+    other = tmp_path / "other"
+    shutil.copytree(str(model), str(other))
+    raw = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(dict(raw, rms_norm_eps=0.01)))
+    with pytest.raises(UserError, match="model.path .*changed since the .*Change it back, or start a new run.out.$"):
+        start("newest", allow=True, model={"path": str(other), "init": "random"})
+
+
+def test_other_data_with_nothing_left_to_do_is_refused(start):
+    total = start().total
+    used(start, step=total - 1)
+    with pytest.raises(UserError, match="--allow-changed-data: the run has done %d steps, and the new data makes only [12] in all. "
+                       "Raise train.epochs, or start a new run.out.$" % (total - 1)):  # fmt: skip
+        start("newest", allow=True, batch={"global": 40})
+
+
+def free(monkeypatch, nbytes):
+    usage = shutil.disk_usage("/")._replace(free=nbytes)
+    monkeypatch.setattr(checkpoint_folder.shutil, "disk_usage", lambda path: usage)
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused_before_the_work(start, monkeypatch):
+    needed = checkpoint_folder.nbytes(start().dims, "adamw")
+    shutil.rmtree(str(start.out))
+    free(monkeypatch, needed - 1)
+    refused(start, "run.yaml: run.out: %s: a checkpoint needs %s, only %s are free on that disk. Make room, or name another folder."
+            % (start.out, host.size(needed), host.size(needed - 1)))  # fmt: skip
+    free(monkeypatch, needed)
+    start()
+    assert [line for line in start.said if "train.keep" in line] == []  # one save, at the end
+
+
+def test_a_disk_without_room_for_all_that_are_to_be_kept_is_said(start, monkeypatch):
+    needed = checkpoint_folder.nbytes(start().dims, "adamw")
+    free(monkeypatch, 4 * needed - 1)
+    start(train={"save_every": 1, "keep": 3})  # and a fourth while it is written
+    assert [line for line in start.said if "train.keep" in line] == [
+        "run.yaml: run.out: %s: train.keep: 3 takes up to %s more on that disk, only %s are free; a save that does not fit "
+        "ends the run" % (start.out, host.size(4 * needed), host.size(4 * needed - 1))
+    ]
+    start(train={"save_every": 1, "keep": 2})
+    assert [line for line in start.said if "train.keep" in line] == []
+    used(start, step=4)  # it is there already, three more to come
+    start("newest", train={"save_every": 1, "keep": 3, "epochs": 9})
+    assert [line for line in start.said if "takes up to" in line] == []
+
+
+@pytest.mark.parametrize("every, done, total, saves", [(4, 0, 12, 3), (4, 0, 13, 4), (4, 8, 13, 2), (13, 0, 13, 1), (4, 13, 13, 0)])
+def test_the_saves_to_come_are_counted(every, done, total, saves):
+    steps = [n for n in range(done + 1, total + 1) if n % every == 0 or n == total]
+    assert prepare._saves(every, done, total) == saves == len(steps)
 
 
 @pytest.mark.parametrize("changes, words", [
