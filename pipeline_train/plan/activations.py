@@ -55,14 +55,15 @@ def attention(dims: Dims, shape: Shape, mask: int, heads_in_mask: int, inputs: i
     out = n * dims.q_size * b
     if not shape.eager:
         kept = inputs + mask + out + 4 * n * dims.heads
-        # The mask is made in fp32 and then rounded; backward: gradients of q, k, v and of the output, in the layout they need.
-        making = n * shape.seq * heads_in_mask * 4 if b < 4 else 0
+        # The mask is made in fp32 (from distances in fp32 and a bool) and then rounded; backward: gradients of q, k, v and of the
+        # output, in the layout they need.
+        making = n * shape.seq * (5 + (heads_in_mask * 4 if b < 4 else 0))
         return Attention(kept, inputs + mask + max(making, 2 * out), kept + 5 * out)
     scores = n * dims.heads * shape.seq
     kept = inputs + out + scores * (6 if b == 2 else 4)
     # 16 bits forward: scores 2, softmax 4, rounded 2. Backward: probabilities 4, their gradient 2, the same in fp32 4 (or,
     # after it, the scores' gradient 2). fp32 forward: scores with and without mask; backward: probabilities and two gradients.
-    forward = inputs + mask + scores * (8 if b == 2 else 8)
+    forward = inputs + mask + scores * 8
     return Attention(kept, forward, inputs + out + scores * (10 if b == 2 else 12))
 
 
@@ -97,8 +98,7 @@ def _bloom_block(dims: Dims, shape: Shape) -> Layer:
     moments = (
         norm + attn.forward,
         norm + hidden + attn.backward,
-        kept + hidden + ffn,  # backward: the gradients of the block's output and of the GELU's output
-        kept + hidden + ffn + ffn - ffn,  # then of its input, when its output is gone
+        kept + hidden + ffn,  # backward: the gradients of the block's output and of the GELU's (then of its input: as much)
     )
     return Layer(kept, max(moments), hidden)
 

@@ -14,7 +14,7 @@ Sources: DeepSpeed 0.19.8 and 0.9.2 runtime/zero/stage_1_and_2.py and runtime/bf
 runtime/pipe/engine.py (buffers), runtime/pipe/schedule.py (1F1B), torch/optim/adamw.py; engine.py of this package (settings).
 """
 
-from typing import NamedTuple
+from typing import List, NamedTuple, Tuple
 
 from ..families import FAMILIES, Dims
 from .activations import FAMILIES_KEEP, Shape
@@ -97,7 +97,7 @@ class Sizes:
         last = self.dims.layers - 1
         return Part(start == 0, min(end, last) - max(start, 1), end > last)
 
-    def _total(self, each: list, part: Part) -> int:
+    def _total(self, each: List[int], part: Part) -> int:
         shared = self.dims.vocab * self.dims.hidden if part.embed and part.head and self.dims.tied else 0
         return part.embed * each[0] + part.blocks * each[1] + part.head * each[2] - shared
 
@@ -116,17 +116,23 @@ class Sizes:
 def stage_bytes(sizes: Sizes, setup: Setup, stage: int, start: int, end: int) -> Bytes:
     """Memory of layers [start, end) as stage number ``stage`` of ``setup.pipe``."""
     part = sizes.part(start, end)
+    weights, grads, optimizer = static_bytes(sizes.parameters(part), setup)
+    activations = running_bytes(sizes, setup, stage, part)[0]
+    peak = max(moments(sizes, setup, stage, start, end))
+    return Bytes(weights, grads, optimizer, activations, peak - weights - grads - optimizer - activations)
+
+
+def moments(sizes: Sizes, setup: Setup, stage: int, start: int, end: int) -> Tuple[int, int]:
+    """-> (peak while micro-batches run, peak at the end of the step), everything included."""
+    part = sizes.part(start, end)
     params = sizes.parameters(part)
-    weights, grads, optimizer = static_bytes(params, setup)
-    activations, running = running_bytes(sizes, setup, stage, part)
-    held = weights + grads + optimizer
+    computing = sum(static_bytes(params, setup)) + running_bytes(sizes, setup, stage, part)[1]
     logits = setup.shape.tokens * sizes.dims.vocab * setup.width if part.head else 0
-    stepping = step_bytes(sizes, setup, part, params) + min(2, setup.micro_batches) * logits  # never freed, see below
-    peak = max(held + running, stepping) + WORKSPACE
-    return Bytes(weights, grads, optimizer, activations, peak - held - activations)
+    stepping = step_bytes(sizes, setup, part, params) + min(2, setup.micro_batches) * logits  # never freed, see running_bytes
+    return computing + WORKSPACE, stepping + WORKSPACE
 
 
-def static_bytes(params: int, setup: Setup) -> tuple:
+def static_bytes(params: int, setup: Setup) -> Tuple[int, ...]:
     """-> (weights, gradients, master weights and moments): there from step to step, or all through the backward passes."""
     weights = params * setup.width
     grads = params * setup.width
@@ -139,7 +145,7 @@ def static_bytes(params: int, setup: Setup) -> tuple:
     return weights, grads, optimizer
 
 
-def running_bytes(sizes: Sizes, setup: Setup, stage: int, part: Part) -> tuple:
+def running_bytes(sizes: Sizes, setup: Setup, stage: int, part: Part) -> Tuple[int, ...]:
     """-> (kept for backward by everything in flight, peak while a micro-batch runs; both without ``static_bytes``)."""
     dims, shape, keep = sizes.dims, setup.shape, FAMILIES_KEEP[sizes.dims.family]
     n, b = shape.tokens, shape.width
@@ -159,22 +165,22 @@ def running_bytes(sizes: Sizes, setup: Setup, stage: int, part: Part) -> tuple:
     # when the backward pass begins (the engine drops them after each step): each layer adds its own.
     params, adds = sizes.parameters(part) * b, setup.micro_batches > 1
     head, blocks = sizes.params[2] * b * part.head, sizes.params[1] * b * part.blocks
-    moments, kept_then = [], kept
+    highest, kept_then = [], kept
     if part.head:
         chunk = min(n * dims.vocab, LOSS_CHUNK)
         there = params * adds
-        moments.append(kept + logits + 4 * chunk * (2 if b == 2 else 1) + there)  # their gradient, in pieces through fp32
-        moments.append(kept + logits + hidden + dims.vocab * dims.hidden * b + there)  # the head's gradient
+        highest.append(kept + logits + 4 * chunk * (2 if b == 2 else 1) + there)  # their gradient, in pieces through fp32
+        highest.append(kept + logits + hidden + dims.vocab * dims.hidden * b + there)  # the head's gradient
         kept_then = kept - norm
     if part.blocks:
         there = params if adds else head
-        moments.append(kept_then - block.kept * (not setup.recompute) + block.peak + sizes.largest[1] * b + there)
+        highest.append(kept_then - block.kept * (not setup.recompute) + block.peak + sizes.largest[1] * b + there)
     if part.embed:
         there = params if adds else head + blocks
-        moments.append(wire + logits + hidden + embed + dims.vocab * dims.hidden * b + there)
+        highest.append(wire + logits + hidden + embed + dims.vocab * dims.hidden * b + there)
     if setup.bf16_optimizer:
-        moments.append(logits + 4 * sizes.largest_matrix(part) + params)  # a gradient in fp32 before it is added to the sum
-    peak = max(moments) - params  # which static_bytes has counted
+        highest.append(logits + 4 * sizes.largest_matrix(part) + params)  # a gradient in fp32 before it is added to the sum
+    peak = max(highest) - params  # which static_bytes has counted
     received = hidden + ints if stage > 0 else hidden if not part.head else 0
     activations = flight * kept + stale
     return activations, (flight - 1) * kept + max(kept, peak) + stale + received
