@@ -16,10 +16,10 @@ def plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def locked():
+def locked(stack="current"):
     """name -> pinned versions (two where Python 3.10 has one of its own)."""
     pins = {}
-    for line in (ROOT / "ci/constraints-current.txt").read_text(encoding="utf-8").splitlines():
+    for line in (ROOT / ("ci/constraints-%s.txt" % stack)).read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
             name, version = line.partition(";")[0].strip().split("==")
             pins.setdefault(plain(name), set()).add(version)
@@ -48,6 +48,43 @@ def test_this_environment_is_the_locked_one():
         if found not in versions:
             differing[name] = found
     assert differing == {}, "ci/install.sh installs the locked versions"
+
+
+def test_the_pinned_lock_is_of_the_pinned_stack():
+    """Whatever its extras may install there, and the versions that make it the pinned stack."""
+    pins = locked("pinned")
+    names = {
+        plain(NAME.match(line).group()) for line in requirements("train", "test", "parquet", "json5").stdout.splitlines()
+        if ">= '3.10'" not in line
+    }  # fmt: skip
+    assert len(names) > 15 and names - set(pins) == set()
+    wanted = {"torch": "1.13.1", "deepspeed": "0.9.2", "transformers": "4.30.2", "protobuf": "3.20.0", "msgspec": "0.18.6"}
+    assert {name: pins[name] for name in wanted} == {name: {version} for name, version in wanted.items()}
+    assert next(iter(pins["pydantic"])).startswith("1.") and next(iter(pins["numpy"])).startswith("1.24.")
+
+
+def pinned(tmp_path, **env):
+    (tmp_path / "home").mkdir(exist_ok=True)
+    env = dict({k: v for k, v in os.environ.items() if k != "PYENV_ROOT"}, HOME=str(tmp_path / "home"), **env)
+    return subprocess.run(["bash", str(ROOT / "ci/pinned.sh")], env=env, capture_output=True, text=True, timeout=60)
+
+
+def test_without_python_3_8_the_pinned_lane_is_skipped_and_says_why(tmp_path):
+    for name in ("python3", "python3.8"):  # there, but of another version
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    done = pinned(tmp_path, PATH="%s:%s" % (tmp_path, os.environ["PATH"]))
+    assert done.returncode == 77 and done.stderr.splitlines()[-1].startswith("pinned: SKIPPED, no Python 3.8 with venv is here")
+
+
+def test_the_pinned_lane_empties_no_folder_of_other_files(tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\n")  # says yes to everything
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv/letters.txt").write_text("dear")
+    done = pinned(tmp_path, PIPEDOCK_PINNED_PYTHON=str(tmp_path / "python"), PIPEDOCK_PINNED_VENV=str(tmp_path / "venv"))
+    assert done.returncode == 1 and (tmp_path / "venv/letters.txt").read_text() == "dear"
+    assert "is not empty and no virtual environment; name another PIPEDOCK_PINNED_VENV" in done.stderr
 
 
 def test_an_unknown_extra_is_named():
