@@ -1,7 +1,8 @@
 """One rank of a real DeepSpeed pipeline that works through a list of cases; run by test_train_equals_hf.py.
 
-Reads FOLDER/cases.json: [{"name", "run": <run.yaml as a dictionary>, "steps", "offload"}, ...]. Leaves FOLDER/<name>.<rank>.pt: what
-selftest.piped measures, the evaluated loss and, for each layer of the rank, every parameter's final weight as a whole tensor.
+Reads FOLDER/cases.json: [{"name", "run": <run.yaml as a dictionary>, "steps", "offload"}, ...]. Leaves
+FOLDER/<name>.<rank>.pt: what selftest.piped measures, the evaluated loss, weight decays and, for each layer of the rank, every
+parameter's final weight as a whole tensor.
 """
 
 import json
@@ -43,9 +44,44 @@ def run_case(case, folder, rank):
     rows = rows_of(EVALUATED)
     batches = micro_batches(rows, run.batch.micro, pipe.data_rank, run.parallel.data)
     result["evaluated"] = pipe.evaluate(batches, rows.learnt_tokens)
-    result["weights"] = selftest.read_all(pipe)
+    result["weights"], result["decays"] = selftest.read_all(pipe), decays(pipe)
     result["settled"] = drift_and_settle(pipe) if pipe.stage.tied_weight is not None else None
+    resumes = case["offload"] or run.optim.type == "lion"
+    result["repeated"] = repeated(pipe, folder / case["name"], rows_of, case["steps"]) if resumes else None
     torch.save(result, str(folder / ("%s.%d.pt" % (case["name"], rank))))
+
+
+def repeated(pipe, out, rows_of, step):
+    """Save, train one step, go back to what was saved and train it again -> the weights and moments after each."""
+    import torch.distributed
+
+    from pipeline_train import checkpoint, selftest
+    from pipeline_train.loop import micro_batches
+
+    (out / "resolved" / "model").mkdir(parents=True, exist_ok=True)
+    saver = checkpoint.Saver(pipe, out, {})
+    saver.save(step)
+    saver.finish()
+    found = []
+    for _ in range(2):
+        rows = rows_of(step)
+        batches = micro_batches(rows, pipe.config.batch.micro, pipe.data_rank, pipe.config.parallel.data)
+        pipe.train(batches, rows.learnt_tokens, 1e-4)
+        found.append([selftest.read_all(pipe, part) for part in (None,) + pipe.moments])
+        if len(found) == 1:
+            torch.distributed.barrier()
+            assert checkpoint.load(pipe, checkpoint.folder(out, step)) == step
+    return found
+
+
+def decays(pipe):
+    """ "<layer>/<slot>" -> the weight decay of the optimizer's group that holds it on this rank."""
+    from pipeline_train import checkpoint
+
+    held = {
+        "%d/%s" % (layer, name): p._hp_mapping for layer in pipe.stage.layers for name, p in checkpoint.named(pipe, layer).items()
+    }
+    return {name: pipe.groups[place.param_group_index]["weight_decay"] for name, place in held.items() if place is not None}
 
 
 def drift_and_settle(pipe):

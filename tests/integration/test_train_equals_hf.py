@@ -68,10 +68,11 @@ def launched(folders, tmp_path_factory):
     def get(world):
         if world not in done:
             cases = [case for case in CASES if case.world == world]
-            done[world] = {}
+            found = {}
             for first in range(0, len(cases), AT_ONCE):
                 folder = tmp_path_factory.mktemp("world%d" % world)
-                done[world].update(launch(world, cases[first : first + AT_ONCE], folder, folders))
+                found.update(launch(world, cases[first : first + AT_ONCE], folder, folders))
+            done[world] = found
         return done[world]
 
     return get
@@ -114,12 +115,13 @@ def measured(launched, reference):
 
     def get(world):
         if world not in done:
-            done[world] = {}
+            compared = {}
             for case, ranks in launched(world).items():
                 wanted, names = reference(case), selftest.hf_names(MODELS[case.model], case.model.endswith("tied"))
                 found = selftest.compare(ranks, wanted, names)
                 found["evaluated"] = selftest.furthest([(rank["evaluated"], wanted["evaluated"]) for rank in ranks])
-                done[world][case] = found
+                compared[case] = found
+            done[world] = compared
         return done[world]
 
     yield get
@@ -186,6 +188,29 @@ def test_tied_copies_are_equal_after_twenty_steps(world, launched):
             assert all(selftest.off(copy, copies[0]) <= 1e-4 for copy in copies[1:]), case.name
         found += 1
     assert found
+
+
+@WORLDS
+def test_norms_and_biases_are_not_decayed(world, launched):
+    for case, ranks in launched(world).items():
+        found = {}
+        for rank in ranks:
+            found.update(rank["decays"])
+        plain = {slot for slot in found if slot.endswith("bias") or "norm" in slot or "ln_f" in slot}
+        assert {found[slot] for slot in plain} == {0.0} and {found[slot] for slot in set(found) - plain} == {0.1}, case.name
+        assert set(found) == set(selftest.hf_names(MODELS[case.model], False)), case.name
+
+
+def test_lion_and_offloaded_optimizers_resume_bit_by_bit(launched):
+    kinds = set()
+    for case, ranks in launched(2).items():
+        for rank in ranks if case.optim == "lion" or case.offload else []:
+            first, again = rank["repeated"]
+            assert len(first) == len(again) == (2 if case.optim == "lion" else 3)
+            assert all(torch.equal(a[slot], b[slot]) for a, b in zip(first, again) for slot in a), case.name
+            assert any(not torch.equal(first[0][slot], rank["weights"][slot]) for slot in first[0]), "the step did nothing"
+            kinds.add((case.optim, case.offload))
+    assert {("lion", ""), ("adamw", "torch")} <= kinds
 
 
 def test_a_save_makes_copies_equal_that_have_drifted_apart(launched):

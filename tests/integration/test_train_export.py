@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 import yaml
 
 from pipedock import main
+from pipeline_train import metrics
 from tests.models import make_hf, tiny_config
 from tests.tokenizers import tiny_tokenizer
 from verbs.train import kept
@@ -15,11 +17,13 @@ def test_train_exports_and_proves(tmp_path, capfd, monkeypatch):
     tiny_tokenizer(tmp_path / "model")
     make_hf(tmp_path / "model", tiny_config("bloom", vocab_size=512))
     (tmp_path / "train.jsonl").write_text(json.dumps({"type": "pretrain", "text": "a small text " * 30}) + "\n")
+    texts = [{"type": "instruct", "instruct": "a text", "output": "a small text " * n} for n in (1, 9, 2, 3, 7)]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     out, export, path = tmp_path / "out", tmp_path / "export", tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({
         "run": {"out": str(out), "self_test": False}, "model": {"path": str(tmp_path / "model")},
-        "data": {"train": str(tmp_path / "train.jsonl"), "seq_len": 32}, "parallel": {"pipe": 1},
-        "batch": {"global": 2}, "train": {"max_steps": 2}, "export": {"dir": str(export)},
+        "data": {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl"), "seq_len": 64},
+        "parallel": {"pipe": 1}, "batch": {"global": 2}, "train": {"max_steps": 2}, "export": {"dir": str(export)},
     }))  # fmt: skip
     command = ["train", "--config", str(path), "--json"]
 
@@ -40,6 +44,8 @@ def test_train_exports_and_proves(tmp_path, capfd, monkeypatch):
     proof = json.loads((export / "proof.json").read_text())
     assert (document["export"], document["steps"], proof["holds"], proof["step"]) == (str(export), 2, True, 2)
 
+    same_evaluation(out, export)
+
     written = (export / "proof.json").stat().st_mtime_ns
     assert main(command + ["--resume", "auto"]) == 0
     assert json.loads(capfd.readouterr().out)["finished"] is True
@@ -57,3 +63,24 @@ def test_train_exports_and_proves(tmp_path, capfd, monkeypatch):
     assert kept(tmp_path / "nothing").endswith(
         "nothing was saved yet; --resume auto starts again. train.save_every sets how often a run is saved"
     )
+
+
+def same_evaluation(out, export):
+    """The evaluated loss is transformers' mean over all learnt tokens of the evaluation data, not a mean of its steps' means."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pipeline_train.data.feed import Feed
+    from pipeline_train.selftest import loss_of
+
+    pad_id = json.loads((out / "resolved" / "data.json").read_text())["pad_id"]
+    feed = Feed.open(out / "data", "eval", seq_len=64, rows_per_step=2, seed=42, pack=True, pad_id=pad_id)
+    steps = [feed.at(step) for step in range(feed.steps_per_epoch)]
+    model = AutoModelForCausalLM.from_pretrained(str(export)).eval()
+    with torch.no_grad():
+        losses = [float(loss_of(model, rows)) for rows in steps]
+    weights = [rows.learnt_tokens for rows in steps]
+    wanted = sum(loss * weight for loss, weight in zip(losses, weights)) / sum(weights)
+    line = [line for line in metrics.read(out / "metrics.jsonl") if line["kind"] == "eval"][-1]
+    assert line["tokens"] == sum(weights) and line["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert len(steps) > 1 and abs(sum(losses) / len(losses) - wanted) > 1e-4 * wanted, "the two means are the same here"
