@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator
 
 from pipeline_train.errors import RunFailed, UserError
-
-MARKER = "pipedock-export.json"  # in every export of ours: what --overwrite may replace
+from pipeline_train.proof import EXPORT
 
 
 @contextlib.contextmanager
@@ -42,7 +41,7 @@ def output_folder(output: str, needed: int, overwrite: bool = False) -> Iterator
 
 
 def write_marker(folder: Path, document: Dict[str, Any]) -> None:
-    (folder / MARKER).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / EXPORT).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_free(output: str, overwrite: bool = False, apart_from: Iterable[str] = ()) -> None:
@@ -66,8 +65,8 @@ def check_free(output: str, overwrite: bool = False, apart_from: Iterable[str] =
         return
     if not overwrite:
         raise UserError("%s: exists and is not empty; name another --output or remove it" % output)
-    if not (final / MARKER).is_file():
-        raise UserError("%s: is not an export of pipedock (no %s), so --overwrite leaves it alone" % (output, MARKER))
+    if not (final / EXPORT).is_file():
+        raise UserError("%s: is not an export of pipedock (no %s), so --overwrite leaves it alone" % (output, EXPORT))
 
 
 def _check_apart(output: str, real: str, other: str) -> None:

@@ -4,28 +4,22 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Set
+from typing import Any, Dict, List, Optional
 
+from pipeline_train import proof
 from pipeline_train.data.template import TemplateRefused, render
 from pipeline_train.weights import Source
 
 from . import sidecars
-from .forward import TEXTS, load_tokenizer
+from .prompts import TEXTS, load_tokenizer
 
 SAME_BYTES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
-# What some loader would take for the weights, or lay over them
-WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "adapter_config.json")
 CHAT = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}, {"role": "user", "content": "你好"}]
-
-
-def weight_files(folder: Path) -> Set[str]:
-    """Names of all files of a folder that a loader might take for weights."""
-    return {path.name for pattern in WEIGHTS for path in folder.glob(pattern)}
 
 
 def strays(target: Source) -> List[str]:
     """Weight files that are no part of the export."""
-    found = sorted(weight_files(target.folder) - target.files())
+    found = sorted(proof.weight_files(target.folder) - target.files())
     return ["%s: is no part of the export, and another loader could take it for the weights; remove it" % name for name in found]
 
 

@@ -8,11 +8,11 @@ from pipeline_train import manifest
 from pipeline_train.errors import UserError
 from pipeline_train.weights import Source, open_source
 from pipeline_train.weights.files import WIDTHS
+from pipeline_train.weights.writing import Item, TensorFile
 
 from . import sidecars
 from .aside import output_folder
 from .measure import Meter, Progress
-from .shards import Item, ShardWriter
 
 SHORT = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
@@ -35,11 +35,11 @@ def from_hf(input: str, output: str, progress: Optional[Progress] = None) -> Dic
     with output_folder(output, meter.total) as folder:
         for layer, items in enumerate(layers):
             path = folder / manifest.layer_file(layer)
-            with ShardWriter(path, items) as writer:
+            with TensorFile(path, items, hashed=True) as writer:
                 for item in items:
                     writer.write(item.name, source.pieces(layer, item.name))
                     meter.add(item.nbytes)
-            files[path.name] = manifest.file_entry(path)
+            files[path.name] = writer.entry
         shutil.copyfile(str(source.folder / "config.json"), str(folder / "config.json"))
         for name in ["config.json"] + sidecars.copy(source.folder, folder):
             files[name] = manifest.file_entry(folder / name)

@@ -7,13 +7,15 @@ import torch
 
 from pipeline_train import manifest
 from pipeline_train.errors import RunFailed, UserError
+from pipeline_train.proof import MARK
 from pipeline_train.weights import Source, open_source
 from pipeline_train.weights.files import NAMES, TORCH_DTYPES
+from pipeline_train.weights.writing import Item, TensorFile
 
 from . import aside, naming, sidecars
 from .from_hf import SHORT, main_dtype, versions
 from .measure import Meter, Progress
-from .shards import Item, ShardWriter, parse_size, plan, write_index
+from .shards import parse_size, plan, write_index
 
 TARGETS = ("hf",)
 DTYPES = {short: name for name, short in SHORT.items()}  # "bf16" -> "BF16"
@@ -92,7 +94,7 @@ def step_of(source: Source) -> Optional[int]:
 
 
 def _write_shard(path: Path, shard: List[Item], source: Source, meter: Meter) -> None:
-    with ShardWriter(path, shard) as writer:
+    with TensorFile(path, shard, more=MARK) as writer:
         for item in shard:
             layer, slot_name = item.source
             writer.write(item.name, (cast(piece, item.dtype, item.name) for piece in source.pieces(layer, slot_name)))

@@ -4,7 +4,6 @@ running = launch("exports/my-model", port=8082)     # returns when /health answe
 running.stop()
 """
 
-import json
 import os
 import shlex
 import socket
@@ -16,6 +15,7 @@ from typing import Callable, List, Optional, Sequence
 
 import requests
 
+from pipeline_train import proof
 from pipeline_train.errors import RunFailed, UserError
 
 from . import state
@@ -54,10 +54,13 @@ def launch(
     progress: Callable[[str], None] = lambda line: None,
     timeout: float = 1800.0,
     own_session: bool = False,
+    need_proof: bool = True,
 ) -> Server:
     """Check the folder, start, wait for health. ``flags``: more flags of ``python -m serve.embedded``; ``progress`` is told what
-    goes on, about once a second; ``own_session``: the server survives the caller's terminal. UserError or RunFailed."""
+    goes on, about once a second; ``own_session``: the server survives the caller's terminal; ``need_proof`` False: an export
+    whose proof is missing, failed or stale is served with a warning. UserError or RunFailed."""
     check(model, engine, port, host)
+    check_proof(model, progress, need_proof)
     log = state.log_file(port)
     command = [sys.executable, "-m", "serve.embedded", "--model-id", model, "--port", str(port), "--hostname", host, *flags]
     environment = {**os.environ, "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1"}
@@ -105,7 +108,7 @@ def check(model: str, engine: str, port: int, host: str) -> None:
 
 
 def check_model(model: str) -> None:
-    """A folder that transformers can load, and that no proof speaks against."""
+    """A folder that transformers can load."""
     path = Path(model)
     if not path.is_dir():
         raise UserError("--model %s: no such folder" % model)
@@ -119,16 +122,17 @@ def check_model(model: str) -> None:
         raise UserError("--model %s: no tokenizer (none of %s)" % (model, ", ".join(TOKENIZERS)))
     if not any(next(path.glob(pattern), None) for pattern in WEIGHTS):
         raise UserError("--model %s: no weights (*.safetensors or *.bin)" % model)
-    proof = path / "proof.json"
-    if proof.is_file():
-        try:
-            holds = json.loads(proof.read_text(encoding="utf-8")).get("holds")
-        except (OSError, ValueError, AttributeError):
-            raise UserError("%s: unreadable; run pipedock verify again" % proof) from None
-        if holds is False:
-            raise UserError(
-                "%s: says that this export does not equal the trained model; not served. Run pipedock verify again" % proof
-            )
+
+
+def check_proof(model: str, say: Callable[[str], None], required: bool = True) -> None:
+    """An export must carry a proof that holds for its files as they are; a folder that never was an export needs none. UserError,
+    or, with ``required`` False, a warning on stderr. ``say`` is told before the files are read."""
+    objection = proof.objection(Path(model), say)
+    if objection is None:
+        return
+    if required:
+        raise UserError("%s (--no-proof serves it all the same)" % objection)
+    sys.stderr.write("WARNING: --no-proof: served although nothing proves that this is the trained model: %s\n" % objection)
 
 
 def url_of(host: str, port: int) -> str:

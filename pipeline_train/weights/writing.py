@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -35,12 +35,12 @@ class Item(NamedTuple):
 
 class TensorFile:
     """Writes the header at once, then exactly ``items`` in their order, and fsyncs at the end of the ``with``. Metadata
-    {"format": "pt"}, which transformers 4.30 insists on. With ``hashed``, ``entry`` is then {"size", "sha256"} as a manifest
-    lists it. OSError passes through."""
+    {"format": "pt"}, which transformers 4.30 insists on, and ``more``. With ``hashed``, ``entry`` is then {"size", "sha256"} as a
+    manifest lists it. OSError passes through."""
 
-    def __init__(self, path: Path, items: List[Item], hashed: bool = False) -> None:
+    def __init__(self, path: Path, items: List[Item], hashed: bool = False, more: Optional[Dict[str, str]] = None) -> None:
         self._left = list(items)
-        header: Dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: Dict[str, Any] = {"__metadata__": dict({"format": "pt"}, **(more or {}))}
         end = 0
         for item in items:
             header[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": [end, end + item.nbytes]}

@@ -151,8 +151,11 @@ def test_the_verbs(tmp_path):
     assert codes == [0, 0, 0, 0], err
     assert texts[0] == "wrote layers: bloom, 5 layer files, fp32, tied head" and "GB/s), peak memory" in texts[1]
     assert json.loads(texts[2])["dtype"] == "bf16"
-    assert texts[3] == "x is the model of layers" and "42 tensors bit-equal (bf16)" in texts[4] and "proof.json written" in texts[7]
-    assert json.loads(texts[8])["holds"] is True
+    assert texts[3] == "x is the model of layers" and "42 tensors bit-equal (bf16)" in texts[4] and "proof.json written" in texts[8]
+    assert "in bf16: the same likeliest token" in texts[6] and texts[7].startswith(
+        "  layer by layer and as a whole model; 1 prompts, 128"
+    )
+    assert json.loads(texts[9])["holds"] is True
     edit_json(tmp_path / "x" / "config.json", layer_norm_epsilon=1e-3)
     out, err = call("verify --checkpoint layers --export x", "to-hf --input hf --output x", "from-hf --input none --output y")
     assert json.loads(out) == [1, 2, 2]

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from export import forward
+from export import prompts
 from export import verify as verify_module
 from export.verify import verify
 from pipeline_train import families, manifest
@@ -42,10 +42,10 @@ def test_prompts_of_the_caller(pair):
 
 def test_random_ids_reach_every_part_of_the_vocabulary():
     dims = families.dims_of(tiny_config("bloom", vocab_size=250880))
-    ids = forward.random_ids(dims)
-    assert len(ids) == forward.RANDOM_LENGTH == len({i * forward.RANDOM_LENGTH // dims.vocab for i in ids})
-    assert ids == forward.random_ids(dims) and max(ids) < dims.vocab
-    assert len(forward.random_ids(families.dims_of(tiny_config("llama", max_position_embeddings=16)))) == 16
+    ids = prompts.random_ids(dims)
+    assert len(ids) == prompts.RANDOM_LENGTH == len({i * prompts.RANDOM_LENGTH // dims.vocab for i in ids})
+    assert ids == prompts.random_ids(dims) and max(ids) < dims.vocab
+    assert len(prompts.random_ids(families.dims_of(tiny_config("llama", max_position_embeddings=16)))) == 16
 
 
 Q, K = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export import forward
+from export import prompts
 from export.to_hf import to_hf
 from export.verify import verify
 from pipeline_train import families, manifest
@@ -128,7 +128,7 @@ def test_an_empty_vocabulary_is_no_tokenizer(monkeypatch, tmp_path):
     stub = {"input_ids": [1]}
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path: lambda text: stub)
     with pytest.raises(RunFailed, match="gives no ids, or the same ones for different texts; its files are not whole"):
-        forward.text_ids(tmp_path, list(forward.TEXTS), families.dims_of(tiny_config("llama")))
+        prompts.text_ids(tmp_path, list(prompts.TEXTS), families.dims_of(tiny_config("llama")))
     stub["input_ids"] = []
     with pytest.raises(RunFailed, match="gives no ids"):
-        forward.text_ids(tmp_path, ["Hello"], families.dims_of(tiny_config("llama")))
+        prompts.text_ids(tmp_path, ["Hello"], families.dims_of(tiny_config("llama")))

@@ -12,11 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from export import aside, shards, sidecars
-from export.aside import MARKER, output_folder
+from export.aside import output_folder
 from export.measure import Meter, print_progress
-from export.shards import Item, ShardWriter
 from pipeline_train import families
 from pipeline_train.errors import RunFailed, UserError
+from pipeline_train.proof import EXPORT, MARK
+from pipeline_train.weights.writing import Item, TensorFile
 from tests.models import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,14 +37,14 @@ def test_our_safetensors_are_the_librarys(tmp_path):
     items = [Item(name, DTYPES[t.dtype], tuple(t.shape)) for name, t in TENSORS.items()]
     ((name, items),) = shards.plan(items, 10**9)
     assert name == "model.safetensors" and [item.name for item in items] == ["wide", "scalar", "none", "half", "b"]
-    with ShardWriter(tmp_path / name, items) as writer:
+    with TensorFile(tmp_path / name, items, more=MARK) as writer:
         for item in items:
             flat = TENSORS[item.name].reshape(-1)
             writer.write(item.name, [flat[:2], flat[2:]])
     read = load_file(str(tmp_path / name))
     assert set(read) == set(TENSORS) and all(torch.equal(read[n], t) and read[n].dtype == t.dtype for n, t in TENSORS.items())
     with safe_open(str(tmp_path / name), "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata() == {"format": "pt", "pipedock": "export"}
     data = (tmp_path / name).read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -54,10 +55,10 @@ def test_our_safetensors_are_the_librarys(tmp_path):
 @pytest.mark.parametrize("name, pieces", [("other", [torch.zeros(2)]), ("a", [torch.zeros(1)]), ("a", [torch.zeros(2).half()])])
 def test_a_writer_takes_only_what_was_announced(tmp_path, name, pieces):
     with pytest.raises(AssertionError):
-        with ShardWriter(tmp_path / "x.safetensors", [Item("a", "F32", (2,))]) as writer:
+        with TensorFile(tmp_path / "x.safetensors", [Item("a", "F32", (2,))]) as writer:
             writer.write(name, pieces)
     with pytest.raises(AssertionError):
-        with ShardWriter(tmp_path / "x.safetensors", [Item("a", "F32", (2,))]):
+        with TensorFile(tmp_path / "x.safetensors", [Item("a", "F32", (2,))]):
             pass
 
 
@@ -134,7 +135,7 @@ def test_overwrite_replaces_an_earlier_export_only_at_the_end(tmp_path):
     with pytest.raises(RuntimeError):
         with output_folder(str(out), 1, overwrite=True):
             raise RuntimeError
-    assert (out / MARKER).exists()
+    assert (out / EXPORT).exists()
     with output_folder(str(out), 1, overwrite=True) as folder:
         (folder / "new").write_text("1")
     assert os.listdir(str(out)) == ["new"] and os.listdir(str(tmp_path)) == ["out"]

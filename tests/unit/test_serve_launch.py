@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
 import pipedock  # noqa: E402
+from pipeline_train import proof  # noqa: E402
 from pipeline_train.errors import RunFailed, UserError  # noqa: E402
 from serve import launch, state  # noqa: E402
 from serve.embedded.__main__ import main  # noqa: E402
@@ -64,13 +65,73 @@ def test_no_folder_and_pipeline_weights(folder, tmp_path):
     assert "pipeline weights; export them first: pipedock to-hf" in refused(folder)
 
 
-def test_a_proof_that_does_not_hold(folder):
-    (folder / "proof.json").write_text(json.dumps({"holds": False}))
-    assert "does not equal the trained model; not served" in refused(folder)
-    (folder / "proof.json").write_text("{")
-    assert "unreadable" in refused(folder)
-    (folder / "proof.json").write_text(json.dumps({"holds": True}))
-    launch.check_model(str(folder))
+def prove(folder, **changes):
+    """A proof of the folder's files as they are."""
+    (folder / "proof.json").write_text(json.dumps({"holds": True, "files": proof.files(folder), **changes}))
+
+
+def mark(folder):
+    """The weights as pipedock writes them: only their header tells."""
+    header = json.dumps({"__metadata__": {"format": "pt", "pipedock": "export"}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+UNPROVED = {
+    "no proof": (lambda x: (x / "proof.json").unlink(), "is an export of pipedock without a proof"),
+    "no proof and no page": (
+        lambda x: [(x / name).unlink() for name in ("proof.json", "pipedock-export.json")],
+        "is an export of pipedock without a proof",
+    ),
+    "failed": (lambda x: prove(x, holds=False), "does not equal the trained model"),
+    "unreadable": (lambda x: (x / "proof.json").write_text("{"), "proof.json: unreadable"),
+    "a list": (lambda x: (x / "proof.json").write_text("[]"), "proof.json: unreadable"),
+    "nested": (lambda x: (x / "proof.json").write_text("[" * 100000), "proof.json: unreadable"),
+    "no files": (lambda x: prove(x, files={}), "proof.json: no file is listed"),
+    "no sizes": (lambda x: prove(x, files={"config.json": 1}), "config.json: changed since it was proved"),
+    "one byte": (lambda x: (x / "tokenizer.json").write_text("[]"), "tokenizer.json: changed since it was proved"),
+    "longer": (lambda x: (x / "config.json").write_text("{ }"), "config.json: changed since it was proved"),
+    "gone": (lambda x: (x / "tokenizer.json").unlink(), "tokenizer.json: is gone since it was proved"),
+    "weights added": (lambda x: (x / "pytorch_model.bin").write_text(""), "pytorch_model.bin: was added since it was proved"),
+}
+
+
+@pytest.mark.parametrize("change", UNPROVED)
+def test_an_export_is_served_with_its_proof_only(folder, change, capfd):
+    mark(folder)
+    (folder / "pipedock-export.json").write_text("{}")
+    prove(folder)
+    (folder / "README.md").write_text("of the user")
+    launch.check_proof(str(folder), lambda line: None)
+    change, text = UNPROVED[change]
+    change(folder)
+    with pytest.raises(UserError) as caught:
+        launch.check_proof(str(folder), lambda line: None)
+    assert text in str(caught.value) and "pipedock verify --checkpoint RUN --export %s" % folder in str(caught.value)
+    assert str(caught.value).endswith("(--no-proof serves it all the same)")
+    launch.check_proof(str(folder), lambda line: None, required=False)
+    warned = capfd.readouterr().err
+    assert (
+        warned.startswith("WARNING: --no-proof: served although nothing proves that this is the trained model: ") and text in warned
+    )
+
+
+def test_a_folder_that_never_was_an_export(folder):
+    launch.check_proof(str(folder), lambda line: None)
+    (folder / "model.safetensors").write_bytes(b"\xff" * 100)
+    launch.check_proof(str(folder), lambda line: None)
+
+
+def test_the_verb_refuses_and_no_proof_overrides(folder, tmp_path, monkeypatch, capfd):
+    mark(folder)
+    instead_of_python(monkeypatch, tmp_path, "echo 'serve: it came this far'; exit 2")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code, _, err = cli(capfd, "--model", str(folder), "--port", str(free_port()))
+        assert code == 2 and "is an export of pipedock without a proof" in err and err.count("\n") == 1
+        code, _, err = cli(capfd, "--model", str(folder), "--port", str(free_port()), "--no-proof")
+        assert code == 2 and "WARNING: --no-proof" in err and "it came this far" in err
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_engines_and_ports(folder):

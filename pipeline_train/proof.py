@@ -1,0 +1,102 @@
+"""What an export says about itself: the mark that it is one, and the proof that it is the trained model. Standard library only.
+
+pipedock-export.json    what was exported; --overwrite replaces only folders that have it
+*.safetensors           carry the mark in their header, so that it goes wherever the weights go; whoever writes them anew drops it
+proof.json              written by ``pipedock verify``: whether it holds, and size and sha256 of every file it was made of
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Set
+
+from . import manifest
+
+NAME = "proof.json"
+EXPORT = "pipedock-export.json"
+MARK = {"pipedock": "export"}  # in the "__metadata__" of a safetensors header
+# What some loader would take for the weights, or lay over them
+WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "adapter_config.json")
+# For people, not for loaders: may change after the proof
+FOR_READERS = ("README.md", "*.png", "*.svg", ".gitattributes", ".gitignore")
+
+Say = Callable[[str], None]
+
+
+def weight_files(folder: Path) -> Set[str]:
+    """Names of all files of a folder that a loader might take for weights."""
+    return {path.name for pattern in WEIGHTS for path in folder.glob(pattern)}
+
+
+def files(folder: Path) -> Dict[str, Any]:
+    """Size and sha256 of every file of an export that a loader may read, the proof itself left out."""
+    readers = {path for pattern in FOR_READERS for path in folder.glob(pattern)}
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / NAME and p not in readers]
+    return {p.relative_to(folder).as_posix(): manifest.file_entry(p) for p in paths}
+
+
+def is_export(folder: Path) -> bool:
+    """Whether pipedock wrote the folder's weights: by its page, or by the mark in any of their headers."""
+    return (folder / EXPORT).is_file() or any(_marked(path) for path in folder.glob("*.safetensors"))
+
+
+def objection(folder: Path, say: Say = lambda line: None) -> Optional[str]:
+    """Why the folder must not be taken for the trained model, in one line; None when its proof holds for the files as they are, and
+    for a folder that never was an export. Reads every file; ``say`` is told so first."""
+    path = folder / NAME
+    again = "run pipedock verify --checkpoint RUN --export %s" % folder
+    if not path.is_file():
+        if is_export(folder):
+            return "%s: is an export of pipedock without a proof; %s" % (folder, again)
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        holds, entries = document["holds"], dict(document["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "%s: unreadable; %s" % (path, again)
+    if holds is not True:
+        return "%s: says that this export does not equal the trained model; export it again, then %s" % (path, again)
+    say("%s: comparing %d files with %s" % (folder, len(entries), NAME))
+    changed = _changed(folder, entries)
+    return None if changed is None else "%s since it was proved; %s" % (changed, again)
+
+
+def held(folder: Path) -> Optional[Dict[str, Any]]:
+    """The proof, if there is one, it holds, and the files are still those it was made of."""
+    if objection(folder) is not None:
+        return None
+    try:
+        document = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return document if {"step", "manifest", "checkpoint"} <= set(document) else None
+
+
+def _changed(folder: Path, entries: Dict[str, Any]) -> Optional[str]:
+    """The first file that is not what the proof was made of; sizes are looked at before anything is read."""
+    if not entries:
+        return "%s: no file is listed there that has not changed" % (folder / NAME)
+    for full in (False, True):
+        for name, entry in sorted(entries.items()):
+            path = folder / name
+            try:
+                same = manifest.file_entry(path) == entry if full else path.stat().st_size == entry["size"]
+            except OSError:
+                return "%s: is gone" % path
+            except (KeyError, TypeError):
+                same = False
+            if not same:
+                return "%s: changed" % path
+    for name in sorted(weight_files(folder) - set(entries)):
+        return "%s: was added" % (folder / name)
+    return None
+
+
+def _marked(path: Path) -> bool:
+    """Whether the header of a safetensors file (8 bytes of length, then JSON) has the mark."""
+    try:
+        with open(str(path), "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, 100_000_000)).decode("utf-8"))
+        return bool(MARK.items() <= header["__metadata__"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
