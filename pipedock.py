@@ -15,6 +15,7 @@ from typing import Iterator, List, Optional, TextIO
 from pipeline_train.errors import RunFailed, UserError
 
 VERBS = {
+    "plan": "verbs.plan",
     "data": "verbs.data",
     "train": "verbs.train",
     "report": "verbs.report",

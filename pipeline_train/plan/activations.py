@@ -10,7 +10,7 @@ fused  scaled_dot_product_attention with an explicit mask: keeps q, k, v, its ou
 eager  torch 1.13 has no fused attention: keeps the probabilities in fp32 (4 S) and, in 16 bits, their rounded copy (2 S).
 """
 
-from typing import Callable, NamedTuple
+from typing import Callable, Dict, NamedTuple
 
 from ..families import Dims
 
@@ -130,7 +130,7 @@ class Kept(NamedTuple):
     head_norm: Callable[[Dims, Shape], int]  # what the norm before the head keeps
 
 
-FAMILIES_KEEP = {
+FAMILIES_KEEP: Dict[str, Kept] = {
     "llama": Kept(_llama_block, _llama_embed, _llama_head),
     "bloom": Kept(_bloom_block, _bloom_embed, _bloom_head),
-}  # type: Dict[str, Kept]
+}

@@ -11,6 +11,8 @@ from ..errors import UserError
 from ..families import FAMILIES, Dims
 
 Join = Callable[[Any, Any], float]
+Cost = Callable[[int, int, int], float]  # stage, start, end
+Fits = Callable[[int, int, int], bool]  # stage, start, end; what fits still fits with fewer layers
 
 
 def matrix_params(dims: Dims, layer: int) -> int:
@@ -28,13 +30,18 @@ def layer_weights(dims: Dims, seq_len: int, recompute: bool = False) -> List[flo
 
 
 def bounds(
-    dims: Dims, pipe: int, parts: Union[str, Sequence[int]] = "auto", seq_len: int = 2048, recompute: bool = False
+    dims: Dims,
+    pipe: int,
+    parts: Union[str, Sequence[int]] = "auto",
+    seq_len: int = 2048,
+    recompute: bool = False,
+    fits: Optional[Fits] = None,
 ) -> List[int]:
     """P + 1 layer boundaries: stage s owns layers [bounds[s], bounds[s + 1]). Every stage owns at least one layer.
 
-    ``parts`` is a list of layer counts, or "auto": the slowest stage as fast as possible; among those splits the
-    largest stage as small as possible (in parameters); among those the most even one. Raises UserError when the counts
-    do not fit the model.
+    ``parts`` is a list of layer counts, or "auto": of the splits whose stages all ``fits`` (default: all), the slowest stage as
+    fast as possible; among those the largest stage as small as possible (in parameters); among those the most even one. Raises
+    UserError when the counts do not fit the model, and NoSplit when "auto" finds no stage layout that ``fits``.
     """
     if pipe > dims.layers:
         raise UserError("parallel.pipe: %d stages, but the model has only %d layers (embed + %d blocks + head). Use at most %d."
@@ -46,9 +53,14 @@ def bounds(
         return _cumulated(parts)
     flops = layer_weights(dims, seq_len, recompute)
     sizes = [float(matrix_params(dims, layer)) for layer in range(dims.layers)]
-    slowest = _split(flops, pipe, None, None)
-    largest = _split(sizes, pipe, flops, _peak(flops, slowest))
-    return _evenest(flops, sizes, pipe, _peak(flops, slowest), _peak(sizes, largest))
+    ends = None if fits is None else _ends(dims.layers, pipe, fits)
+    slowest = _split(flops, pipe, None, None, ends)
+    largest = _split(sizes, pipe, flops, _peak(flops, slowest), ends)
+    return _evenest(flops, sizes, pipe, _peak(flops, slowest), _peak(sizes, largest), ends)
+
+
+class NoSplit(ValueError):
+    """No layout of the stages fits the memory."""
 
 
 def parts_of(boundaries: Sequence[int]) -> List[int]:
@@ -81,31 +93,52 @@ def _peak(weights: Sequence[float], boundaries: Sequence[int]) -> float:
     return max(sum(weights[a:b]) for a, b in zip(boundaries, boundaries[1:])) * (1 + 1e-9)  # rounding of the sums
 
 
-def _split(weights: Sequence[float], pipe: int, capped: Optional[Sequence[float]], cap: Optional[float]) -> List[int]:
+Ends = Optional[List[List[int]]]  # [stage][start]: the last end that fits
+
+
+def _ends(layers: int, pipe: int, fits: Fits) -> List[List[int]]:
+    """For every stage and first layer how far the stage may reach; an empty stage (end == start) if not even one layer fits."""
+    found = []
+    for stage in range(pipe):
+        end, row = stage, [0] * (layers + 1)
+        for start in range(stage, layers - (pipe - stage) + 1):
+            end = max(end, start)
+            while end < layers and fits(stage, start, end + 1):
+                end += 1
+            row[start] = end
+        found.append(row)
+    return found
+
+
+def _split(
+    weights: Sequence[float], pipe: int, capped: Optional[Sequence[float]], cap: Optional[float], ends: Ends = None
+) -> List[int]:
     """The split into ``pipe`` non-empty runs with the smallest largest weight, no run's ``capped`` sum above ``cap``."""
     sums, caps = _sums(weights), _sums(capped or weights)
 
-    def cost(start: int, end: int) -> float:
+    def cost(stage: int, start: int, end: int) -> float:
         over = cap is not None and caps[end] - caps[start] > cap
-        return float("inf") if over else sums[end] - sums[start]
+        return float("inf") if over or (ends is not None and end > ends[stage][start]) else sums[end] - sums[start]
 
     return _dynamic(len(weights), pipe, cost, max)
 
 
-def _evenest(flops: Sequence[float], sizes: Sequence[float], pipe: int, most_flops: float, most_size: float) -> List[int]:
+def _evenest(
+    flops: Sequence[float], sizes: Sequence[float], pipe: int, most_flops: float, most_size: float, ends: Ends = None
+) -> List[int]:
     """Within both caps, the split with the smallest sum of squared stage FLOPs."""
     flop_sums, size_sums, unit = _sums(flops), _sums(sizes), max(flops)
 
-    def cost(start: int, end: int) -> float:
+    def cost(stage: int, start: int, end: int) -> float:
         work = flop_sums[end] - flop_sums[start]
         over = work > most_flops or size_sums[end] - size_sums[start] > most_size
-        return float("inf") if over else (work / unit) ** 2
+        return float("inf") if over or (ends is not None and end > ends[stage][start]) else (work / unit) ** 2
 
     return _dynamic(len(flops), pipe, cost, lambda a, b: a + b)
 
 
-def _dynamic(layers: int, pipe: int, cost: Join, join: Join) -> List[int]:
-    """best[p][n]: the first n layers on p stages, ``join`` (max or sum) over their ``cost(start, end)``."""
+def _dynamic(layers: int, pipe: int, cost: Cost, join: Join) -> List[int]:
+    """best[p][n]: the first n layers on p stages, ``join`` (max or sum) over their ``cost``. Raises NoSplit."""
     infinite = float("inf")
     best = [[infinite] * (layers + 1) for _ in range(pipe + 1)]
     cut = [[0] * (layers + 1) for _ in range(pipe + 1)]
@@ -113,9 +146,11 @@ def _dynamic(layers: int, pipe: int, cost: Join, join: Join) -> List[int]:
     for stage in range(1, pipe + 1):
         for end in range(stage, layers - (pipe - stage) + 1):
             for start in range(stage - 1, end):
-                value = join(best[stage - 1][start], cost(start, end))
+                value = join(best[stage - 1][start], cost(stage - 1, start, end))
                 if value < best[stage][end]:
                     best[stage][end], cut[stage][end] = value, start
+    if best[pipe][layers] == infinite:
+        raise NoSplit("%d layers on %d stages" % (layers, pipe))
     out = [layers]
     for stage in range(pipe, 0, -1):
         out.append(cut[stage][out[-1]])

@@ -1,0 +1,231 @@
+"""``plan``: everything a run will need, as one JSON document; ``memory_of`` and ``stage_bounds`` for the run itself."""
+
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+from .. import families
+from ..errors import UserError
+from ..families import Dims
+from . import cards
+from .memory import GIB, Setup, Sizes, stage_bytes
+from .speed import speed
+from .split import Fits, NoSplit, bounds, parts_of
+
+Model = Union[Dims, Dict[str, Any], str]
+PARTS = ("weights", "grads", "optimizer", "activations", "buffers", "total")
+
+
+class Wish(NamedTuple):
+    """What the user fixed: a Setup without what follows from the card and the number of GPUs. ``dtype`` None: bf16 where the
+    card has it. ``micro_batches`` None: max(8, stages)."""
+
+    seq_len: int = 2048
+    micro: int = 1
+    micro_batches: Optional[int] = None
+    data: int = 1
+    dtype: Optional[str] = None
+    optim: str = "adamw"
+    recompute: str = "none"
+    offload: bool = False
+
+    def setup(self, pipe: int, gpu: str) -> Setup:
+        dtype = self.dtype or ("bf16" if cards.GPUS[gpu].bf16 else "fp16")
+        return Setup(self.seq_len, self.micro, self.micro_batches or max(8, pipe), pipe, self.data, dtype, self.optim,
+                     self.recompute == "blocks", self.offload, cards.stack_of(gpu))  # fmt: skip
+
+
+def plan(
+    model: Model,
+    gpu: str = "h100-80g",
+    gpus: Optional[int] = None,
+    parts: Union[str, Sequence[int]] = "auto",
+    link: Optional[str] = None,
+    mfu: Optional[float] = None,
+    **wish: Any,
+) -> Dict[str, Any]:
+    """Plan a training run.
+
+    ``model``: Dims, a config.json as a dictionary, or the path of one (or of its folder). ``gpu``, ``link``: names of cards.py.
+    ``gpus``: how many there are in all (stages x ``data``); None: as few as hold the model. ``parts``: layers per stage, or
+    "auto". ``wish``: the fields of Wish. Raises UserError. -> {model, gpu, gpus, stack, dtype, min_gpus (None: no number
+    does), fits, parts, bubble, tokens_per_s, step_s, limit_gib, stages: [{layers, params, flop_share, gib}], ...}
+    """
+    gpu = cards.gpu_named(gpu)
+    wished, dims = Wish(**wish), _dims(model)
+    _check(wished, gpu, gpus, dims, mfu)
+    sizes = Sizes(dims)
+    least = least_stages(sizes, wished, gpu)
+    if gpus is None and isinstance(parts, str):
+        if least is None:
+            raise UserError(too_big(sizes, wished, gpu))
+        pipe = least
+    else:
+        pipe = len(parts) if gpus is None else gpus // wished.data
+        if not isinstance(parts, str) and len(parts) != pipe:
+            raise UserError("--parts: %d stages, but --gpus and --data make %d" % (len(parts), pipe))
+    setup = wished.setup(pipe, gpu)
+    try:
+        boundaries = bounds(dims, pipe, parts, setup.seq_len, setup.recompute, fits_on(sizes, setup, gpu))
+    except NoSplit:
+        boundaries = bounds(dims, pipe, parts, setup.seq_len, setup.recompute)
+    document = _describe(sizes, setup, boundaries, gpu, link, mfu)
+    document["min_gpus"] = None if least is None else least * wished.data
+    document["notes"] = _notes(document, sizes, wished, gpu)
+    return document
+
+
+def fits_on(sizes: Sizes, setup: Setup, gpu: str) -> Fits:
+    """Whether a stage's layers fit on the card beside context and reserve."""
+    limit = cards.usable(gpu) * GIB
+    known: Dict[Any, bool] = {}  # a stage of blocks is like any other with as many micro-batches in flight
+
+    def fits(stage: int, start: int, end: int) -> bool:
+        key = (min(setup.pipe - stage, setup.micro_batches), stage == 0, sizes.part(start, end))
+        if key not in known:
+            known[key] = stage_bytes(sizes, setup, stage, start, end).total <= limit
+        return known[key]
+
+    return fits
+
+
+def least_stages(sizes: Sizes, wished: Wish, gpu: str) -> Optional[int]:
+    """The smallest number of stages that holds the model on this card, None when no number does."""
+    layers = sizes.dims.layers
+    for pipe in range(1, layers + 1):
+        fits, end = fits_on(sizes, wished.setup(pipe, gpu), gpu), 0
+        for stage in range(pipe):  # each takes as many layers as fit and as leave one for every later stage
+            start = end
+            while end < layers - (pipe - 1 - stage) and fits(stage, start, end + 1):
+                end += 1
+            if end == start:
+                break
+        if end == layers:
+            return pipe
+    return None
+
+
+def too_big(sizes: Sizes, wished: Wish, gpu: str) -> str:
+    """Why no number of GPUs holds the model: the layer that does not fit alone, with what it needs."""
+    dims, limit = sizes.dims, cards.usable(gpu)
+    setup = wished.setup(dims.layers, gpu)
+    rows = [
+        ("embedding", stage_bytes(sizes, setup, 0, 0, 1)),
+        ("first block", stage_bytes(sizes, setup, 1, 1, 2)),
+        ("norm and head", stage_bytes(sizes, setup, dims.layers - 1, dims.layers - 1, dims.layers)),
+    ]
+    name, found = max(rows, key=lambda row: row[1].total)
+    parts = ", ".join("%s %.1f" % (field, value / GIB) for field, value in zip(found._fields, found))
+    text = "no number of these GPUs holds this model: even one layer per GPU, the %s alone needs %.1f GiB (%s), a %s has %.1f" % (
+        name, found.total / GIB, parts, gpu, limit)  # fmt: skip
+    helps = [option for option, other in _changes(wished) if least_stages(sizes, other, gpu) is not None]
+    return text + (". With %s it fits" % " or ".join(helps) if helps else ". It takes a larger card")
+
+
+def _changes(wished: Wish) -> List[Tuple[str, Wish]]:
+    """What could be asked for instead, the cheapest first."""
+    found = [("--recompute blocks", wished._replace(recompute="blocks"))] if wished.recompute == "none" else []
+    found += [("--micro 1", wished._replace(micro=1))] if wished.micro > 1 else []
+    found += [("--data %d" % data, wished._replace(data=data)) for data in (2, 4, 8) if data > wished.data]
+    return found + ([("--offload", wished._replace(offload=True))] if not wished.offload else [])
+
+
+def memory_of(run: Any, dims: Dims, stack: str = "current") -> List[Dict[str, float]]:
+    """GiB per stage of a run whose parts, seq_len and dtype are resolved (config_schema.RunConfig): what
+    ``torch.cuda.max_memory_allocated`` should show on each, and its parts. ``stack``: cards.stack_of's names."""
+    setup = setup_of(run, stack)
+    return _gib(Sizes(dims), setup, bounds(dims, setup.pipe, run.parallel.parts, setup.seq_len, setup.recompute))
+
+
+def setup_of(run: Any, stack: str) -> Setup:
+    parallel, batch = run.parallel, run.batch
+    return Setup(run.data.seq_len, batch.micro, run.micro_batches, parallel.pipe, parallel.data, run.model.dtype, run.optim.type,
+                 parallel.recompute == "blocks", parallel.offload, stack)  # fmt: skip
+
+
+def _gib(sizes: Sizes, setup: Setup, boundaries: Sequence[int]) -> List[Dict[str, float]]:
+    found = []
+    for stage, (start, end) in enumerate(zip(boundaries, boundaries[1:])):
+        row = stage_bytes(sizes, setup, stage, start, end)
+        found.append({name: round(value / GIB, 4) for name, value in zip(PARTS, tuple(row) + (row.total,))})
+    return found
+
+
+def _describe(
+    sizes: Sizes, setup: Setup, boundaries: Sequence[int], gpu: str, link: Optional[str], mfu: Optional[float]
+) -> Dict[str, Any]:
+    dims, card = sizes.dims, cards.GPUS[gpu]
+    name = link or card.link
+    fast = speed(dims, sizes, setup, boundaries, gpu, cards.link_named(name), mfu or card.mfu)
+    memory, limit = _gib(sizes, setup, boundaries), cards.usable(gpu)
+    stages = []
+    for stage, (start, end) in enumerate(zip(boundaries, boundaries[1:])):
+        params = sizes.parameters(sizes.part(start, end))
+        stages.append({"layers": [start, end - 1], "params": params, "flop_share": round(fast.shares[stage], 6),
+                       "gib": memory[stage]})  # fmt: skip
+    return {
+        "family": dims.family, "params": sizes.parameters(sizes.part(0, dims.layers)), "layers": dims.layers, "gpu": gpu,
+        "stack": setup.stack, "min_gpus": None, "gpus": setup.pipe * setup.data, "pipe": setup.pipe, "data": setup.data,
+        "fits": all(row["total"] <= limit for row in memory), "limit_gib": round(limit, 2), "card_gib": card.gib,
+        "context_gib": cards.CONTEXT_GIB, "reserve_gib": round(card.gib * cards.RESERVE, 2), "dtype": setup.dtype,
+        "optim": setup.optim, "recompute": "blocks" if setup.recompute else "none", "offload": setup.offload,
+        "seq_len": setup.seq_len, "micro": setup.micro, "micro_batches": setup.micro_batches,
+        "parts": parts_of(boundaries), "bubble": fast.bubble, "tokens_per_s": round(fast.tokens_per_s, 1),
+        "step_s": round(fast.step_s, 4), "mfu": mfu or card.mfu, "mfu_source": "given" if mfu else card.source, "link": name,
+        "boundary_mib": round(fast.boundary_bytes / 2**20, 2), "boundary_s": round(fast.boundary_s, 6), "stages": stages,
+    }  # fmt: skip
+
+
+def _notes(document: Dict[str, Any], sizes: Sizes, wished: Wish, gpu: str) -> List[str]:
+    notes = []
+    if not document["fits"]:
+        worst = max(range(len(document["stages"])), key=lambda s: document["stages"][s]["gib"]["total"])
+        notes.append("does not fit: stage %d needs %.1f GiB, a %s has %.1f beside context and reserve" % (
+            worst, document["stages"][worst]["gib"]["total"], gpu, document["limit_gib"]))  # fmt: skip
+        if document["min_gpus"] is None:
+            notes.append(too_big(sizes, wished, gpu))
+        else:
+            notes += _other_parts(sizes, wished.setup(document["pipe"], gpu), gpu)
+    if document["bubble"] > 0.2:
+        pipe = document["pipe"]
+        notes.append("the stages wait %.0f %% of the time: with %d micro-batches a step it would be %.0f %%" % (
+            100 * document["bubble"], 8 * pipe, 100 * (pipe - 1) / (9 * pipe - 1)))  # fmt: skip
+    if document["optim"] == "lion" and document["stack"] == "pinned":
+        notes.append("Lion keeps one moment instead of two: 4 bytes a parameter less than AdamW")
+    return notes
+
+
+def _other_parts(sizes: Sizes, setup: Setup, gpu: str) -> List[str]:
+    """Whether as many stages, cut otherwise, would fit."""
+    try:
+        found = bounds(sizes.dims, setup.pipe, "auto", setup.seq_len, setup.recompute, fits_on(sizes, setup, gpu))
+    except NoSplit:
+        return []
+    return ["parts %s would fit" % parts_of(found)]
+
+
+def _dims(model: Model) -> Dims:
+    if isinstance(model, Dims):
+        return model
+    return families.dims_of(families.read_config(model) if isinstance(model, str) else model)
+
+
+def _check(wished: Wish, gpu: str, gpus: Optional[int], dims: Dims, mfu: Optional[float]) -> None:
+    """Raises UserError for wishes that no run could have."""
+    numbers = {"--seq-len": wished.seq_len, "--micro": wished.micro, "--data": wished.data, "--micro-batches": wished.micro_batches,
+               "--gpus": gpus}  # fmt: skip
+    for option, number in numbers.items():
+        if number is not None and number < 1:
+            raise UserError("%s: must be 1 or more, got %d" % (option, number))
+    if mfu is not None and not 0 < mfu <= 1:
+        raise UserError("--mfu: must be above 0 and at most 1, got %s" % mfu)
+    if gpus is not None and gpus % wished.data:
+        raise UserError("--gpus: %d is not a multiple of %d replicas (--data)" % (gpus, wished.data))
+    if gpus is not None and gpus // wished.data > dims.layers:
+        text = (
+            "--gpus: %d stages, but the model has only %d layers (embed + %d blocks + head). Use at most %d, or replicas (--data)."
+        )
+        raise UserError(text % (gpus // wished.data, dims.layers, dims.blocks, dims.layers * wished.data))
+    if wished.dtype == "bf16" and not cards.GPUS[gpu].bf16:
+        raise UserError("--dtype: %s has no bf16; use fp16" % gpu)
+    if dims.max_positions is not None and wished.seq_len > dims.max_positions:
+        raise UserError("--seq-len: %d is over the model's %d positions (config.json, max_position_embeddings). Use at most %d."
+                        % (wished.seq_len, dims.max_positions, dims.max_positions))  # fmt: skip
