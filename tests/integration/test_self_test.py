@@ -175,7 +175,7 @@ def test_a_case_is_the_runs_kind_as_far_as_the_machine_goes(tmp_path):
 
 def test_limits_and_what_is_no_number():
     cpu, gpu, bf16 = selftest_run.limits("fp32", False), selftest_run.limits("fp32", True), selftest_run.limits("bf16", True)
-    assert cpu["gradients"] == 1e-5 and gpu["gradients"] == 1e-4 and gpu["gradients"] < bf16["gradients"] < 0.1
+    assert cpu["gradients"] == 1e-5 and gpu["gradients"] == 1e-4 and gpu["gradients"] < bf16["gradients"] < 0.5
     import torch
 
     from pipeline_train import selftest
