@@ -47,8 +47,10 @@ class Live:
         if self.console.width >= 50:
             table.add_column(ratio=1)
             cells.append(ProgressBar(total=max(1, figures.total), completed=figures.step))
-        table.add_column(no_wrap=True, justify="right")
-        table.add_row(*cells, times)
+        if self.console.width >= 40:
+            table.add_column(no_wrap=True, justify="right")
+            cells.append(times)
+        table.add_row(*cells)
         return table
 
     def _figures(self) -> List[Any]:
@@ -71,6 +73,8 @@ class Live:
             return [Text(extremes(stages), no_wrap=True, overflow="ellipsis")]
         table = Table.grid(padding=(0, 2))
         wide = self.console.width >= 50
+        for _ in range(5):
+            table.add_column(no_wrap=True)
         for stage, (busy, memory) in enumerate(stages):
             cells = [Text("stage %d" % stage, style="dim")]  # type: List[Any]
             if busy is not None:
