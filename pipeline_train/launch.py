@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from .errors import RunFailed
 from .prepare import Prepared
-from .pulse import SHARED, Board
+from .pulse import FAILED, SHARED, Board
 from .watch import Watch
 from .worker import PARENT, PROGRESS
 
@@ -146,7 +146,7 @@ class Ranks:
 
     def _dump_stacks(self) -> str:
         """Let every rank that is left write its stacks, also one that somebody has stopped; -> where they are."""
-        left = [r for r, p in enumerate(self.processes) if p.poll() is None and self.board.sign(r).beats]
+        left = [rank for rank in self._left() if self.board.sign(rank).beats]
         for rank in left:  # a rank listens before its first beat
             self.processes[rank].send_signal(signal.SIGUSR2)
             self.processes[rank].send_signal(signal.SIGCONT)
@@ -162,8 +162,13 @@ class Ranks:
     def _running(self) -> List[subprocess.Popen]:
         return [p for p in self.processes if p.poll() is None]
 
+    def _left(self) -> List[int]:
+        failed = self._failed()
+        return [rank for rank, p in enumerate(self.processes) if p.poll() is None and rank not in failed]
+
     def _failed(self) -> List[int]:
-        return [rank for rank, p in enumerate(self.processes) if p.poll() not in (None, 0)]
+        """Ranks that have ended badly, or have left their error and wait to be ended."""
+        return [r for r, p in enumerate(self.processes) if p.poll() or (p.poll() is None and self.board.sign(r).doing == FAILED)]
 
     def _read_progress(self) -> bool:
         """Pass on whole lines; False when the other end is closed."""
@@ -182,7 +187,7 @@ class Ranks:
         """The first cause among the failed ranks: a rank that was killed, then an error of its own, then an echo of another's."""
         stacks = self._dump_stacks()
         deadline = time.monotonic() + SETTLE_S
-        while self._running() and time.monotonic() < deadline:
+        while self._left() and time.monotonic() < deadline:
             time.sleep(0.05)
         failed = self._failed()
         if not failed:
@@ -192,12 +197,12 @@ class Ranks:
 
     def _judge(self, rank: int) -> Tuple[int, int, str]:
         code = self.processes[rank].returncode
-        if code < 0:
+        if code is not None and code < 0:
             name = signal.Signals(-code).name
             hint = " (out of memory? the kernel's log says)" if -code == signal.SIGKILL else ""
             return 0, rank, "was killed by %s%s" % (name, hint)
         error = self._error_file(rank)
-        line = error.read_text(encoding="utf-8").strip() if error.exists() else "ended with exit code %d" % code
+        line = error.read_text(encoding="utf-8").strip() if error.exists() else "ended with exit code %s" % code
         return (2 if any(echo in line for echo in ECHOES) else 1), rank, line
 
 

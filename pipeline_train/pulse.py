@@ -19,6 +19,7 @@ ROW = struct.Struct("qqq40s")
 INT = struct.Struct("q")
 BEAT_S = 0.5
 SHARED = "PIPEDOCK_PULSE"  # file descriptor of the page
+FAILED = "failed"  # what a rank is doing that has left its error and waits for the launcher to end everything
 
 
 class Sign(NamedTuple):

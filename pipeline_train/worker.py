@@ -12,14 +12,16 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any, Dict
 
-from .pulse import Pulse
+from .pulse import FAILED, Pulse
 
 PARENT = "PIPEDOCK_PARENT"  # process id of the launcher
 PROGRESS = "PIPEDOCK_PROGRESS"  # file descriptor that rank 0 writes progress to, one JSON object per line
+HOLD_S = 5.0  # longer than the launcher takes to ask the others for their stacks
 
 
 def die_with_parent() -> None:
@@ -60,6 +62,8 @@ def main() -> None:
         line = " ".join(str(error).split()) or type(error).__name__
         (args.out / "logs" / ("rank_%d.error" % rank)).write_text(line[:1000] + "\n", encoding="utf-8")
         sys.stderr.flush()
+        pulse.tick(FAILED)
+        time.sleep(HOLD_S)  # leaving now would break the others' connections: they could not show any more where they were
         os._exit(1)  # not sys.exit: a communication thread may wait for a rank that is gone
     if rank == 0:
         report({"done": summary})

@@ -2,16 +2,22 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from pipeline_train import compat
+from pipeline_train import compat, config, launch, metrics, prepare, run_folder
+from pipeline_train.errors import RunFailed
 from tests.free_port import free_port
 from tests.models import make_hf, tiny_config
+from tests.tokenizers import tiny_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 RANK = Path(__file__).with_name("planted_rank.py")
 BF16 = compat.release(compat.versions()["deepspeed"] or "0") >= (0, 9, 3)
 
@@ -156,20 +162,22 @@ def faulty(small, monkeypatch, fault, hang_s=10):
     with pytest.raises(RunFailed) as error:
         launch.supervise(ranks)
     assert all(process.poll() is not None for process in ranks.processes)
-    assert 2 in saved(out)  # the last checkpoint is kept
+    assert saved(out)  # the last checkpoint is kept
     return str(error.value), out / "logs"
 
 
 def test_a_rank_that_stops_answering_ends_the_run_with_stacks(small, monkeypatch):
     message, logs = faulty(small, monkeypatch, "1 5 stop")
-    assert re.match(r"rank 1 has stopped answering: no sign of life for 1\d s. Last seen: rank 0, after step 4: ", message)
+    assert re.match(r"rank 1 has stopped answering: no sign of life for \d+ s. Last seen: rank 0, after step 4: ", message)
     assert message.endswith(". Logs: %s, stacks of ranks 0, 1: %s" % (logs / "rank_*.log", logs / "rank_*.stacks"))
     assert "in _step" in (logs / "rank_0.stacks").read_text() and "in fail" in (logs / "rank_1.stacks").read_text()
 
 
 def test_ranks_that_wait_for_ever_end_with_what_they_were_doing(small, monkeypatch):
     message, logs = faulty(small, monkeypatch, "0 5 wait")
-    assert re.match(r"no rank has got on for 1\d s. Last seen: rank 0, after step 4: .*; rank 1, after step 4: waiting for act", message)
+    assert re.match(
+        r"no rank has got on for \d+ s. Last seen: rank 0, after step 4: .*; rank 1, after step 4: waiting for", message
+    )
     assert "in fail" in (logs / "rank_0.stacks").read_text()
 
 
