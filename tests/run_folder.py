@@ -35,7 +35,7 @@ def make_run(out, lines, name="colours", data_file="train.jsonl", **sections):
     (out / "data").mkdir()
     raw = {
         "run": {"out": str(out), "name": name}, "model": {"path": "models/tiny", "dtype": "fp32"},
-        "data": {"train": data_file, "seq_len": 64}, "parallel": {"pipe": 2, "parts": [3, 2]}, "batch": {"global": 6},
+        "data": {"train": "train.jsonl", "seq_len": 64}, "parallel": {"pipe": 2, "parts": [3, 2]}, "batch": {"global": 6},
     }  # fmt: skip
     raw.update(sections)
     (resolved / "run.yaml").write_text(config.resolved_yaml(config.parse(raw)), encoding="utf-8")

@@ -108,8 +108,8 @@ class Curves:
 
     def per_stage(self, key: str) -> List[float]:
         """The mean of a list such as "stage_s" over the newest lines that have as many stages as the last one; [] if unknown."""
-        rows = [numbers(line.get(key)) for line in self.stage_lines]
-        rows = [row for row in rows if row and len(row) == len(rows[-1])]
+        found = [row for row in (numbers(line.get(key)) for line in self.stage_lines) if row]
+        rows = [row for row in found if len(row) == len(found[-1])]
         return [sum(column) / len(rows) for column in zip(*rows)]
 
     def mean(self, key: str) -> Optional[float]:
