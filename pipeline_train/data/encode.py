@@ -163,9 +163,11 @@ class TextCodec:
         config = json.loads(path.read_text(encoding="utf-8"))
         config["chat_template"] = self.chat_template
         # Old transformers write what was loaded, not what was set; transformers 5 drops "legacy", which decides ids.
+        set_now = dict(self.tokenizer.special_tokens_map)  # asked one by one, old transformers complain of those not set
+        set_now.update({name: getattr(self.tokenizer, name, None) for name in ("add_bos_token", "legacy")})
         for name in ("bos_token", "eos_token", "add_bos_token", "legacy"):
-            if getattr(self.tokenizer, name, None) is not None:
-                config[name] = getattr(self.tokenizer, name)
+            if set_now.get(name) is not None:
+                config[name] = set_now[name]
         _write_json(path, config)
         (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
         generation = {k: v for k, v in self.generation.items() if k not in ("_from_model_config", "transformers_version")}
