@@ -11,9 +11,7 @@ from .config_schema import Optim
 
 log = logging.getLogger("pipedock")
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}  # optimizer state kept per parameter
-# A partition's elements that the Triton kernel can number: it counts them in int32.
-MOST_FOR_TRITON = 2**31 - 1
-LION_PIECE = 1 << 26  # elements of a Lion update at a time
+LION_PIECE = 1 << 26  # elements of a Lion update at a time; the Triton kernel numbers them in int32
 
 
 def learning_rate(optim: Optim, step: int, total: int) -> float:
@@ -41,7 +39,9 @@ def build(groups: List[Dict[str, Any]], optim: Optim, cuda: bool, offload: bool)
     if optim.type == "lion":
         from lion_pytorch import Lion
 
-        lion = Lion(groups, use_triton=_triton(groups, optim, cuda and not offload), **keys)
+        # One kernel for a step, where it can run; prepare has refused ``optim.use_triton: true`` where it cannot.
+        triton = optim.use_triton is not False and native.without_triton(int(cuda and not offload)) is None
+        lion = Lion(groups, use_triton=triton, **keys)
         lion.update_fn = in_pieces(lion.update_fn)
         return lion
     if compat.fused_adamw(cuda and not offload):
@@ -77,12 +77,6 @@ def _deepspeed_cpu(groups: List[Dict[str, Any]], kind: str, keys: Dict[str, Any]
             reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
     log.warning("parallel.offload: DeepSpeed's CPU %s cannot be built (%s); a slower one takes its place", kind, reason)
     return None
-
-
-def _triton(groups: List[Dict[str, Any]], optim: Optim, cuda: bool) -> bool:
-    """Lion's step as one Triton kernel. prepare has refused ``optim.use_triton: true`` where it cannot be."""
-    largest = max(sum(p.numel() for p in group["params"]) for group in groups)
-    return optim.use_triton is not False and native.without_triton(int(cuda)) is None and largest <= MOST_FOR_TRITON
 
 
 def set_step(optimizer: torch.optim.Optimizer, group: Dict[str, Any], state: Dict[str, Any], step: int) -> None:
