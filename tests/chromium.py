@@ -2,11 +2,13 @@
 the network for. Standard library only."""
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -24,14 +26,16 @@ class Page:
         ours, theirs = os.pipe(), os.pipe()  # (read, write): commands to it, answers from it
         command = [find(), "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run",
                    "--disable-dev-shm-usage", "--user-data-dir=%s" % profile, "--window-size=%d,%d" % (width, height)]  # fmt: skip
-        # It reads file descriptor 3 and writes 4; a shell puts them there.
-        place = ["sh", "-c", 'exec 3<&%d 4>&%d; exec "$0" "$@"' % (ours[0], theirs[1])]
+        # It reads file descriptor 3 and writes 4. Ours are moved out of the way first, so that neither overwrites the other.
+        read, write = fcntl.fcntl(ours[0], fcntl.F_DUPFD, 10), fcntl.fcntl(theirs[1], fcntl.F_DUPFD, 10)
+        place = "import os, sys; os.dup2(%d, 3); os.dup2(%d, 4); os.execv(sys.argv[1], sys.argv[1:])" % (read, write)
         with open(os.path.join(str(profile), "chromium.log"), "wb") as log:
             self.process = subprocess.Popen(
-                place + command, pass_fds=(ours[0], theirs[1]), stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
-        os.close(ours[0])
-        os.close(theirs[1])
+                [sys.executable, "-I", "-S", "-c", place] + command, pass_fds=(read, write), stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log,
+            )  # fmt: skip
+        for end in (ours[0], theirs[1], read, write):
+            os.close(end)
         self.to, self.come = ours[1], theirs[0]
         self.unread, self.number, self.session = b"", 0, None
         self.events, self.requests, self.problems = [], [], []
