@@ -2,6 +2,7 @@
 
 <out>/resolved/run.yaml      the configuration with every default filled in: dtype, seq_len and parts too
 <out>/resolved/original.yaml the bytes the user gave      versions.json, data.json, model/ (config.json, tokenizer, template)
+<out>/resolved/plan.json     the memory that plan expects of each stage
 <out>/data/                  the encoded samples
 """
 
@@ -69,7 +70,8 @@ def prepare(run: RunConfig, source: Path, resume: Optional[str], say: Say, allow
     saves = _saves(run.train.save_every or total, done, total)
     if saves:
         checkpoint_folder.check_room(run, dims, source.name, saves, say)
-    _write_resolved(run, out, source, folder, codec, {"versions.json": found, "data.json": dict(facts, pad_id=codec.pad_id)})
+    documents = {"versions.json": found, "data.json": dict(facts, pad_id=codec.pad_id), "plan.json": _planned(run, dims, found)}
+    _write_resolved(run, out, source, folder, codec, documents)
     return Prepared(run, out, dims, gpus, total, checkpoint, done)
 
 
@@ -135,6 +137,12 @@ def _write_resolved(run: RunConfig, out: Path, source: Path, folder: Path, codec
         codec.save(str(resolved / "model"))
     except OSError as error:
         raise UserError("run.out: %s: cannot be written: %s" % (error.filename or out, error.strerror)) from None
+
+
+def _planned(run: RunConfig, dims: Dims, found: Dict[str, Optional[str]]) -> Dict[str, Any]:
+    """What each stage should need of a GPU, to stand beside what it is measured to need (mem_gib; a CPU's is something else)."""
+    stack = "pinned" if compat.release(found["torch"] or "") < (2,) else "current"
+    return {"stack": stack, "parts": run.parallel.parts, "gib": plan.memory_of(run, dims, stack)}
 
 
 def _facts(run: RunConfig) -> Dict[str, Any]:

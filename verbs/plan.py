@@ -20,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--link",
         metavar="NAME",
-        help="between stages: nvlink, pcie3, 4, 5, eth10, 25, 100, 400, ib100, 400 (default: the card's usual one)",
+        help="between stages: nvlink, pcie3 to 5, eth10 to 400, ib100, ib400 (default: the card's usual)",
     )
     parser.add_argument("--mfu", type=float, metavar="F", help="share of the card's peak that arithmetic reaches (default: tabled)")
     model = parser.add_argument_group("with --model")

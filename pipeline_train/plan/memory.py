@@ -14,7 +14,7 @@ Sources: DeepSpeed 0.19.8 and 0.9.2 runtime/zero/stage_1_and_2.py and runtime/bf
 runtime/pipe/engine.py (buffers), runtime/pipe/schedule.py (1F1B), torch/optim/adamw.py; engine.py of this package (settings).
 """
 
-from typing import List, NamedTuple, Tuple
+from typing import Any, List, NamedTuple, Tuple
 
 from ..families import FAMILIES, Dims
 from .activations import FAMILIES_KEEP, Shape
@@ -54,6 +54,13 @@ class Setup(NamedTuple):
     def bf16_optimizer(self) -> bool:
         """DeepSpeed's BF16_Optimizer instead of its ZeRO-1 (engine.py of 0.19.8, _do_optimizer_sanity_check)."""
         return self.dtype == "bf16" and not self.offload
+
+
+def setup_of(run: Any, stack: str) -> Setup:
+    """From a RunConfig whose seq_len and dtype are resolved."""
+    parallel, batch = run.parallel, run.batch
+    return Setup(run.data.seq_len, batch.micro, run.micro_batches, parallel.pipe, parallel.data, run.model.dtype, run.optim.type,
+                 parallel.recompute == "blocks", parallel.offload, stack)  # fmt: skip
 
 
 class Bytes(NamedTuple):

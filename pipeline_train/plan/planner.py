@@ -6,7 +6,7 @@ from .. import families
 from ..errors import UserError
 from ..families import Dims
 from . import cards
-from .memory import GIB, Setup, Sizes, stage_bytes
+from .memory import GIB, Setup, Sizes, setup_of, stage_bytes
 from .speed import speed
 from .split import Fits, NoSplit, bounds, parts_of
 
@@ -133,12 +133,6 @@ def memory_of(run: Any, dims: Dims, stack: str = "current") -> List[Dict[str, fl
     ``torch.cuda.max_memory_allocated`` should show on each, and its parts. ``stack``: cards.stack_of's names."""
     setup = setup_of(run, stack)
     return _gib(Sizes(dims), setup, bounds(dims, setup.pipe, run.parallel.parts, setup.seq_len, setup.recompute))
-
-
-def setup_of(run: Any, stack: str) -> Setup:
-    parallel, batch = run.parallel, run.batch
-    return Setup(run.data.seq_len, batch.micro, run.micro_batches, parallel.pipe, parallel.data, run.model.dtype, run.optim.type,
-                 parallel.recompute == "blocks", parallel.offload, stack)  # fmt: skip
 
 
 def _gib(sizes: Sizes, setup: Setup, boundaries: Sequence[int]) -> List[Dict[str, float]]:

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from pipeline_train import checkpoint_folder, compat, config, host, manifest, prepare  # noqa: E402
+from pipeline_train import checkpoint_folder, compat, config, host, manifest, plan, prepare  # noqa: E402
 from pipeline_train.data import template  # noqa: E402
 from pipeline_train.errors import UserError  # noqa: E402
 from tests.models import computed, make_hf, tiny_config  # noqa: E402
@@ -73,6 +73,11 @@ def test_a_good_run_is_resolved(start, model):
     assert (start.out / "resolved" / "original.yaml").read_bytes() == (start.out.parent / "run.yaml").read_bytes()
     names = {p.name for p in (start.out / "resolved" / "model").iterdir()}
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
+    planned = json.loads((start.out / "resolved" / "plan.json").read_text())
+    assert planned["parts"] == done.config.parallel.parts and planned["gib"] == plan.memory_of(
+        done.config, done.dims, planned["stack"]
+    )
+    assert len(planned["gib"]) == done.config.parallel.pipe and all(stage["total"] > 0 for stage in planned["gib"])
     assert json.loads((start.out / "resolved" / "versions.json").read_text())["deepspeed"]
 
 

@@ -1,0 +1,103 @@
+"""The planner's bytes against the real modules: what autograd keeps, and what a real pipeline of one stage needs at most."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from pipeline_train import families, models  # noqa: E402
+from pipeline_train.models import attention  # noqa: E402
+from pipeline_train.plan.activations import FAMILIES_KEEP, Shape  # noqa: E402
+from tests.models import tiny_config  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+MICRO, SEQ = 2, 32
+CASES = [
+    ("llama", {}), ("llama", {"num_key_value_heads": 2}), ("llama", {"num_key_value_heads": 1, "head_dim": 20}),
+    ("bloom", {}), ("bloom", {"n_head": 3}),
+]  # fmt: skip
+
+
+def filled(dims, layer, dtype):
+    module = models.build_layer(dims, layer)
+    with torch.no_grad():
+        for number, parameter in enumerate(module.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.05)
+    return module.to(dtype)
+
+
+def kept_bytes(module, *inputs):
+    """Bytes of all tensors that autograd keeps for the backward pass, each storage once, without the module's parameters."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    seen, alive = {}, []
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # or its address could be given to another one
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        alive.append(module(*inputs))
+    return sum(seen.values())
+
+
+def cpu_differs(family, dtype, norms):
+    """LayerNorm keeps mean and 1/deviation in the run's dtype on a CPU, in fp32 on a GPU."""
+    return norms * 2 * MICRO * SEQ * 2 if family == "bloom" and dtype is torch.bfloat16 else 0
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "untyped_storage"), reason="torch 1.13 cannot name a tensor's storage")
+@pytest.mark.parametrize("eager", [False, True], ids=["fused", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family, overrides", CASES, ids=str)
+def test_a_block_keeps_what_the_plan_says(monkeypatch, family, overrides, dtype, eager):
+    monkeypatch.setattr(attention, "HAS_SDPA", not eager)
+    dims = families.dims_of(tiny_config(family, **overrides))
+    hidden = torch.randn(MICRO, SEQ, dims.hidden, dtype=dtype, requires_grad=True)
+    positions = torch.arange(SEQ).repeat(MICRO, 1)
+    found = kept_bytes(filled(dims, 1, dtype), hidden, positions, torch.ones_like(positions))
+    planned = FAMILIES_KEEP[family].block(dims, Shape(MICRO, SEQ, hidden.element_size(), eager))
+    assert planned.kept - cpu_differs(family, dtype, 2) == found
+    assert planned.peak >= planned.kept and planned.input == hidden.numel() * hidden.element_size()
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "untyped_storage"), reason="torch 1.13 cannot name a tensor's storage")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_the_ends_keep_what_the_plan_says(family, dtype):
+    dims = families.dims_of(tiny_config(family))
+    shape = Shape(MICRO, SEQ, torch.empty(0, dtype=dtype).element_size(), False)
+    ids = torch.zeros(MICRO, SEQ, dtype=torch.int64)
+    found = kept_bytes(filled(dims, 0, dtype), ids)
+    assert FAMILIES_KEEP[family].embed(dims, shape).kept - cpu_differs(family, dtype, 1) == found
+    hidden = torch.randn(MICRO, SEQ, dims.hidden, dtype=dtype, requires_grad=True)
+    found = kept_bytes(filled(dims, dims.layers - 1, dtype), hidden)
+    assert FAMILIES_KEEP[family].head_norm(dims, shape) - cpu_differs(family, dtype, 1) == found
+
+
+def test_every_family_is_planned():
+    assert set(FAMILIES_KEEP) == set(families.FAMILIES)
+
+
+def test_the_peak_of_a_real_pipeline(tmp_path):
+    """DeepSpeed's engine on the CPU, every allocation counted by torch's profiler: within 2 % of the plan."""
+    pytest.importorskip("deepspeed")
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 4):
+        pytest.skip("the plan's current stack is torch 2.4 or newer: fused attention and a fused AdamW on the CPU too")
+    port = str(20000 + os.getpid() % 20000)
+    environment = dict(os.environ, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                       DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))  # fmt: skip
+    command = [sys.executable, str(ROOT / "tests" / "integration" / "peak_rank.py"), str(tmp_path / "rows.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 6
+    for row in rows:
+        assert row["planned"] / row["measured"] == pytest.approx(1.0, abs=0.02), rows
