@@ -60,8 +60,10 @@ def begin(final: Path, needed: int) -> None:
     try:
         for left in final.parent.glob(run_folder.ASIDE + "*"):
             shutil.rmtree(str(left))
-        aside.mkdir(parents=True)
-        sync(final.parent.parent)
+        if not final.parent.exists():
+            final.parent.mkdir()
+            sync(final.parent.parent)
+        aside.mkdir()
         free = shutil.disk_usage(str(aside)).free
         if free < needed:
             aside.rmdir()

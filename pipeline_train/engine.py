@@ -168,8 +168,9 @@ class Pipeline:
         inside, of = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
         return flat, slice(inside.start, inside.start + inside.numel), slice(of.start, of.start + of.numel)
 
-    def read_whole(self, parameter: torch.nn.Parameter, moment: Optional[str] = None) -> torch.Tensor:
-        """The fp32 master weight, or one of its moments, as a whole tensor on the CPU. All replicas must call it together."""
+    def read_whole(self, parameter: torch.nn.Parameter, moment: Optional[str] = None, wanted: bool = True) -> torch.Tensor:
+        """The fp32 master weight, or one of its moments, as a whole tensor on the CPU. All replicas must call it together; one
+        that has no use for the value says so (not ``wanted``) and is spared the way off the device."""
         self.watched.pulse.tick("saving")
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         piece = self._piece(parameter)
@@ -179,7 +180,7 @@ class Pipeline:
             whole[of] = source.detach()[inside].to(whole.device)
         if self.config.parallel.data > 1:
             torch.distributed.all_reduce(whole, group=parameter._dp_group)  # type: ignore[attr-defined]
-        return whole.view(parameter.shape).cpu()
+        return whole.view(parameter.shape).cpu() if wanted else whole
 
     def write_whole(self, parameter: torch.nn.Parameter, value: torch.Tensor, moment: Optional[str] = None) -> None:
         """The reverse of read_whole; a weight also goes, rounded to the run's dtype, into the parameter itself."""

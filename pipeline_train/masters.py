@@ -5,7 +5,7 @@ With ZeRO-1 each replica holds a piece of every master weight; Pipeline.read_who
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pipedock")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what the loss scaler remembers
+Place = Tuple[str, torch.nn.Parameter, Optional[str]]  # name in the file, and which moment of the parameter (None: the weight)
 
 
 def named(pipe: "Pipeline", layer: int) -> Dict[str, torch.nn.Parameter]:
@@ -90,13 +91,24 @@ def files(pipe: "Pipeline", layers: Iterable[int]) -> Iterator[Tuple[str, Dict[s
     """Those files of ``layers`` that this replica writes: name, tensors. All replicas of a stage must ask for the same layers
     together: each holds a piece of every tensor."""
     for layer in layers:
-        parameters = named(pipe, layer)
-        weights = {name: pipe.read_whole(p) for name, p in parameters.items()}
-        if writes(pipe, layer):
+        mine, parameters = writes(pipe, layer), named(pipe, layer)
+        weights = _whole(pipe, mine, [(name, p, None) for name, p in parameters.items()])
+        if mine:
             yield manifest.layer_file(layer), weights
-        moments = {"%s::%s" % (name, m): pipe.read_whole(p, m) for name, p in parameters.items() for m in pipe.moments}
-        if writes(pipe, layer):
+        places = [("%s::%s" % (name, moment), p, moment) for name, p in parameters.items() for moment in pipe.moments]
+        moments = _whole(pipe, mine, places)
+        if mine:
             yield manifest.optim_file(layer), moments
+
+
+def _whole(pipe: "Pipeline", wanted: bool, places: Iterable[Place]) -> Dict[str, torch.Tensor]:
+    """Name -> tensor; nothing where they are not wanted, though other replicas may want them."""
+    tensors = {}
+    for name, parameter, moment in places:
+        value = pipe.read_whole(parameter, moment, wanted)
+        if wanted:
+            tensors[name] = value
+    return tensors
 
 
 def optimizer_steps(pipe: "Pipeline") -> int:

@@ -53,5 +53,5 @@ class Pipe:
     def base_optimizer(self):
         return type("Optimizer", (), {"state": {"flat": {"step": self.steps}}})
 
-    def read_whole(self, parameter, moment=None):
+    def read_whole(self, parameter, moment=None, wanted=True):
         return parameter.detach().clone() + (0 if moment is None else 1 + self.moments.index(moment))
