@@ -20,11 +20,12 @@ from tests.models import tiny_config
 
 SEQ, MICRO_BATCHES = 128, 2
 SIZES = {"hidden_size": 128, "max_position_embeddings": 256}
-CASES = {  # family, its sizes, dtype, recompute, optimizer
-    "llama": ("llama", {"intermediate_size": 352, "vocab_size": 3000, "num_hidden_layers": 4}, "bf16", "none", "adamw"),
-    "llama fp32 recompute": ("llama", {"intermediate_size": 352, "num_hidden_layers": 4}, "fp32", "blocks", "adamw"),
-    "bloom recompute": ("bloom", {"vocab_size": 3000}, "bf16", "blocks", "adamw"),
-    "bloom fp32 lion": ("bloom", {"n_layer": 5}, "fp32", "none", "lion"),
+CASES = {  # family, its sizes, dtype, recompute, optimizer, rows of a micro-batch; with one row the step is the peak
+    "llama": ("llama", {"intermediate_size": 352, "vocab_size": 3000, "num_hidden_layers": 4}, "bf16", "none", "adamw", 4),
+    "llama step": ("llama", {"intermediate_size": 352, "num_hidden_layers": 4}, "bf16", "blocks", "adamw", 1),
+    "llama fp32 step": ("llama", {"intermediate_size": 352, "num_hidden_layers": 4}, "fp32", "blocks", "adamw", 1),
+    "bloom recompute": ("bloom", {"vocab_size": 3000}, "bf16", "blocks", "adamw", 4),
+    "bloom fp32 lion": ("bloom", {"n_layer": 5}, "fp32", "none", "lion", 4),
 }
 
 
@@ -40,8 +41,8 @@ def allocated(work):
     return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
 
 
-def measure(name, micro=4):
-    family, sizes, dtype, recompute, optim = CASES[name]
+def measure(name):
+    family, sizes, dtype, recompute, optim, micro = CASES[name]
     raw = tiny_config(family, **dict(SIZES if family == "llama" else {"hidden_size": 128}, **sizes))
     dims = families.dims_of(raw)
     run = config.parse({

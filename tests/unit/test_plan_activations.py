@@ -98,6 +98,6 @@ def test_the_peak_of_a_real_pipeline(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert len(rows) == 4
+    assert len(rows) == 5
     for row in rows:
         assert row["planned"] / row["measured"] == pytest.approx(1.0, abs=0.02), rows
