@@ -24,7 +24,7 @@ WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 LOSS_CHUNK = 1 << 24  # models/loss.py: logits in fp32 at a time; two such copies while the gradient is made
 ONE_BUCKET = 500_000_000  # BF16_Optimizer averages both groups as one copy where they have fewer elements (engine.py of DeepSpeed)
 REDUCE_BUCKET = 50_000_000  # engine.py: zero_optimization.reduce_bucket_size, elements
-LION_PIECE = 1 << 26  # engine.py: elements of a Lion update at a time, two fp32 temporaries
+LION_PIECE = 1 << 26  # optimizer.py: elements of a Lion update at a time, two fp32 temporaries
 WORKSPACE = 32 * 2**20  # cuBLAS, per process and stream, from torch's allocator
 
 
