@@ -54,15 +54,13 @@ class Live:
         return table
 
     def _figures(self) -> List[Any]:
-        """The figures, as many in a line as fit; none is broken."""
+        """The figures, as many in a line as fit; none is broken unless it alone is wider than the terminal."""
         lines, width = [Text()], self.console.width
         for name, value in self.figures.known():
             piece = Text(name + " ", style="dim").append(value, style="not dim bold")
             if lines[-1].cell_len and lines[-1].cell_len + 3 + piece.cell_len > width:
                 lines.append(Text())
             lines[-1].append("   " if lines[-1].cell_len else "").append(piece)
-        for line in lines:
-            line.truncate(width)
         return [line for line in lines if line.cell_len]
 
     def _stages(self) -> List[Any]:

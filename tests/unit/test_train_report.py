@@ -24,7 +24,9 @@ def read(tmp_path, *lines):
 
 
 def losses(found):
-    return dict(zip(found.series["loss"].steps, found.series["loss"].values))
+    steps = list(found.series["loss"].steps)
+    assert steps == sorted(set(steps))
+    return dict(zip(steps, found.series["loss"].values))
 
 
 class Elements(html.parser.HTMLParser):
