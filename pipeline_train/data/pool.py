@@ -18,6 +18,7 @@ from .files import Block
 
 AHEAD = 2  # blocks given out for each process, so that none waits for the next
 MOST = 24  # processes: with as many, what they and this one hold is still under a gigabyte
+START = "fork" if sys.platform.startswith("linux") else "spawn"  # elsewhere libraries are known not to survive a fork
 
 _encoder: Optional[BlockEncoder] = None  # of this worker process
 
@@ -38,10 +39,9 @@ def encoded(
         for block in blocks:
             yield block, encoder.encode(block, check_only())
         return
-    fork = sys.platform.startswith("linux")  # elsewhere libraries are known not to survive it
     waiting: Deque[Tuple[Block, Future[Encoded]]] = collections.deque()
     executor = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("fork" if fork else "spawn"), _begin, (encoder, os.getpid(), template.fixed_now())
+        processes, multiprocessing.get_context(START), _begin, (encoder, os.getpid(), template.fixed_now())
     )
     try:
         for block in blocks:

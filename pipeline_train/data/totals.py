@@ -67,7 +67,8 @@ class Totals:
 
     def facts(self) -> Dict[str, Any]:
         """For JSON: all but the histogram, of which only what is shown is left."""
-        return {"counts": self.counts, "shown": self.shown, "lengths": statistics(self.lengths), "samples": int(self.lengths.sum()),
+        counts = dict(sorted(self.counts.items()))
+        return {"counts": counts, "shown": self.shown, "lengths": statistics(self.lengths), "samples": int(self.lengths.sum()),
                 "tokens": int((self.lengths * np.arange(self.seq_len + 1)).sum())}  # fmt: skip
 
 
