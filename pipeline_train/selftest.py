@@ -8,6 +8,7 @@ reports how far loss, gradient norm, gradients and the losses of the steps are o
 import json
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -23,6 +24,8 @@ from .engine import Pipeline
 from .loop import micro_batches
 from .optimizer import learning_rate
 from .plan import bounds
+from .pulse import FAILED, Pulse
+from .watch import COMPARING
 
 Rows = Callable[[int], StepRows]  # the rows of a step
 Tensors = Dict[str, torch.Tensor]
@@ -192,7 +195,9 @@ def run_case(case: Dict[str, Any], folder: Path, cuda: bool) -> Dict[str, Any]:
         return make_rows(step, run.rows_per_step, seq_len or 0, dims.vocab)
 
     everyone = [None] * dist.get_world_size()  # type: List[Any]
-    dist.all_gather_object(everyone, piped(pipe, rows_of, case["steps"]))
+    mine = piped(pipe, rows_of, case["steps"])
+    pipe.watched.pulse.tick(COMPARING)
+    dist.all_gather_object(everyone, mine)
     if dist.get_rank() != 0:
         return {}
     wanted = plain(run.model.path, run, rows_of, case["steps"], adamw(run))
@@ -201,8 +206,11 @@ def run_case(case: Dict[str, Any], folder: Path, cuda: bool) -> Dict[str, Any]:
 
 
 def main() -> None:
-    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    folder, rank, pulse = Path(sys.argv[1]), int(os.environ["RANK"]), Pulse.inherited()
     worker.die_with_parent()
+    worker.listen(pulse, folder / ("rank_%d.stacks" % rank))
+    pulse.start_beating()
+    pulse.tick("starting")
     try:
         cuda = os.environ.get("DS_ACCELERATOR") != "cpu"
         engine.connect(cuda, int(os.environ["LOCAL_RANK"]))
@@ -214,6 +222,8 @@ def main() -> None:
         line = " ".join(str(error).split()) or type(error).__name__
         (folder / ("rank_%d.error" % rank)).write_text(line[:1000] + "\n", encoding="utf-8")
         sys.stderr.flush()
+        pulse.tick(FAILED)
+        time.sleep(worker.HOLD_S)  # see worker.main
         os._exit(1)  # not sys.exit: a communication thread may wait for a rank that is gone
     if rank == 0:
         worker.report({"done": {"figures": figures}})

@@ -10,7 +10,8 @@ from typing import Callable, Dict, List, Optional, Tuple
 from .pulse import Sign
 
 PATIENCE_S = 600.0  # between two signs where one thing may honestly take long: starting, loading, saving, packing an epoch
-PATIENT = ("starting", "joining the other ranks", "building its stage", "loading", "saving", "reading the step's rows")
+COMPARING = "comparing with transformers"  # selftest
+PATIENT = ("starting", "joining the other ranks", "building its stage", "loading", "saving", "reading the step's rows", COMPARING)
 SLACK = 5.0  # an honest pause is at most this many times the longest one so far
 PAUSED_S = 5.0  # a launcher that was itself not running for so long (Ctrl-Z, a laptop asleep) has seen nothing
 
