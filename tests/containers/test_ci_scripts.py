@@ -33,7 +33,7 @@ def requirements(*extras):
 
 def test_everything_that_is_installed_is_in_the_lock():
     done = requirements("train", "serve", "demo", "test", "lint", "parquet", "json5")
-    names = {plain(NAME.match(line).group()) for line in done.stdout.splitlines()}
+    names = {plain(NAME.match(line).group()) for line in done.stdout.splitlines() if "< '3.10'" not in line}
     assert len(names) > 20 and names - set(locked()) == set()
 
 
