@@ -119,7 +119,7 @@ def _check_paths(config: RunConfig, where: str) -> None:
     """Names no file can have are refused here, where the key is known."""
     data = config.data
     paths = {"run.out": config.run.out, "model.path": config.model.path, "data.train": data.train, "data.eval": data.eval,
-             "data.cache": data.cache, "export.dir": config.export.dir if config.export else None}  # fmt: skip
+             "data.cache": str(data.cache), "export.dir": config.export.dir if config.export else None}  # fmt: skip
     for key, path in paths.items():
         if path is None:
             continue

@@ -33,7 +33,7 @@ class Data(Section):
     pack: bool = True
     on_bad: Literal["fail", "skip"] = "fail"
     over_long: Literal["truncate", "drop", "fail"] = "truncate"
-    cache: str = "auto"  # of encoded data: auto (in ~/.cache/pipedock/data), off, or a folder
+    cache: Union[bool, str] = "auto"  # of encoded data: auto (in ~/.cache/pipedock/data), off (YAML reads false), or a folder
 
 
 class Parallel(Section):
@@ -84,7 +84,7 @@ class Train(Section):
 
 class Export(Section):
     dir: str
-    target: Literal["hf"] = "hf"
+    target: Literal["hf", "tgi-0.8", "tgi-3", "vllm"] = "hf"
 
 
 class Serve(Section):

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import IO, Callable, Iterator, Optional
+from typing import IO, Callable, Iterator, Optional, Union
 
 from ..errors import UserError
 
@@ -24,16 +24,17 @@ MOST_S = 30 * 86400.0  # seconds since it was used last
 DONE = "facts.json"
 
 
-def root_of(setting: str, size: int) -> Optional[Path]:
+def root_of(setting: Union[bool, str], size: int) -> Optional[Path]:
     """Where data of ``size`` bytes is kept, for ``data.cache``: auto, off, or a folder. None: nowhere."""
-    if setting == "off" or (setting == "auto" and size < SMALL):
+    auto = setting in ("auto", True)
+    if setting in ("off", False) or (auto and size < SMALL):
         return None
-    if setting != "auto":
-        return Path(setting)
+    if not auto:
+        return Path(str(setting))
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "pipedock" / "data"
 
 
-def usable(root: Path, setting: str, say: Optional[Say] = None) -> bool:
+def usable(root: Path, setting: Union[bool, str], say: Optional[Say] = None) -> bool:
     """Makes the folder. One that was asked for and cannot be made is a UserError."""
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -42,7 +43,7 @@ def usable(root: Path, setting: str, say: Optional[Say] = None) -> bool:
         why = "is not writable"
     except OSError as error:
         why = error.strerror or str(error)
-    if setting != "auto":
+    if setting not in ("auto", True):
         raise UserError("data.cache: %s: %s" % (root, why))
     if say is not None:
         say("%s: %s; the encoded data is not kept there" % (root, why))

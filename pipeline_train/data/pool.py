@@ -17,7 +17,7 @@ from .block_encoder import BlockEncoder, Encoded
 from .files import Block
 
 AHEAD = 2  # blocks given out for each process, so that none waits for the next
-MOST = 24  # processes: with as many, what they and this one hold is still under a gigabyte
+MOST = 16  # processes: each holds some 40 MB of its own and all share 300, so that as many stay under a gigabyte
 START = "fork" if sys.platform.startswith("linux") else "spawn"  # elsewhere libraries are known not to survive a fork
 
 _encoder: Optional[BlockEncoder] = None  # of this worker process

@@ -332,6 +332,9 @@ def test_auto_keeps_what_is_worth_it_under_the_users_cache(tmp_path, codec, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
     path = write(tmp_path / "d.jsonl", records(30))
     encode(path, codec, tmp_path / "a", cache="auto")
+    encode(path, codec, tmp_path / "b", cache=False)
+    assert [cache.root_of(off, 10**9) for off in ("off", False)] == [None, None], "YAML reads off as false"
+    assert cache.root_of(True, 10**9) == cache.root_of("auto", 10**9) == tmp_path / "x" / "pipedock" / "data"
     assert not (tmp_path / "x").exists(), "a small file"
     monkeypatch.setattr(cache, "SMALL", 100)
     monkeypatch.setattr(pool, "cores", lambda: 0)
