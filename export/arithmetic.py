@@ -34,6 +34,7 @@ class Plan(NamedTuple):
     prompts: List[List[int]]
     narrow: Optional[torch.dtype]
     whole: Optional[Everything]
+    tied: bool
 
 
 def narrow_dtype(name: str) -> Optional[torch.dtype]:
@@ -56,7 +57,7 @@ def compare(source: Source, target: Source, dtypes: Dict[Any, str], plan: Plan, 
 
     Logits have top1 and kl too (``Logits.figures``).
     """
-    ours, theirs = Ours(source, dtypes), Theirs(target, source.dims.tied)
+    ours, theirs = Ours(source, dtypes), Theirs(target, plan.tied)
     hidden: Dict[str, List[Any]] = dict.fromkeys(PASSES, plan.prompts)
     hidden["theirs_narrow"] = hidden["ours_narrow"] = [ids[:NARROW_TOKENS] for ids in plan.prompts]
     rows = []

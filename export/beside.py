@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Set
 
 from pipeline_train import proof
 from pipeline_train.data.template import TemplateRefused, render
@@ -17,9 +17,9 @@ SAME_BYTES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "m
 CHAT = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}, {"role": "user", "content": "你好"}]
 
 
-def strays(target: Source) -> List[str]:
-    """Weight files that are no part of the export."""
-    found = sorted(proof.weight_files(target.folder) - target.files())
+def strays(target: Source, more: Set[str]) -> List[str]:
+    """Weight files that are no part of the export; ``more`` are, besides those that are read."""
+    found = sorted(proof.weight_files(target.folder) - target.files() - more)
     return ["%s: is no part of the export, and another loader could take it for the weights; remove it" % name for name in found]
 
 
@@ -36,7 +36,7 @@ def identity(source: Source, target: Source) -> List[str]:
     return failures
 
 
-def files(source: Source, folder: Path) -> List[str]:
+def files(source: Source, folder: Path, merges: str) -> List[str]:
     """Tokenizer, template and generation config came along, the vocabulary byte for byte, and nothing was added."""
     ours, theirs = sidecars.names(source.folder), sidecars.names(folder)
     failures = ["%s: missing in the export" % name for name in ours if name not in theirs]
@@ -44,7 +44,9 @@ def files(source: Source, folder: Path) -> List[str]:
     failures += ["%s: is in the export but not in the checkpoint" % name for name in added]
     for name in sorted(set(ours) & set(theirs)):
         if name in SAME_BYTES:
-            if (source.folder / name).read_bytes() != (folder / name).read_bytes():
+            core = name == "tokenizer.json"
+            ours_are = sidecars.tokenizer_core(source.folder, merges) if core else (source.folder / name).read_bytes()
+            if ours_are != (folder / name).read_bytes():
                 failures.append("%s: differs from the checkpoint's" % name)
         elif name not in ("tokenizer_config.json", "generation_config.json"):
             failures += _differing(name, sidecars.read_json(source.folder / name), sidecars.read_json(folder / name))

@@ -5,6 +5,7 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 from pipeline_train import host
 from pipeline_train.errors import RunFailed, UserError
+from pipeline_train.families import Dims
 from pipeline_train.weights import Source
 
 from . import arithmetic, prompts, sidecars, theirs
@@ -22,8 +23,9 @@ class Ask(NamedTuple):
     whole: Optional[bool] = None
 
 
-def prove(source: Source, target: Source, ask: Ask, proof: Dict[str, Any]) -> List[str]:
-    """Hidden states of every layer and logits: our blocks on the checkpoint against transformers on the export. -> failures; fills
+def prove(source: Source, target: Source, dims: Dims, ask: Ask, proof: Dict[str, Any]) -> List[str]:
+    """Hidden states of every layer and logits: our blocks on the checkpoint against transformers on the export, whose
+    config.json must say ``dims``. -> failures; fills
     "prompts", "whole_model", "export_dtype", "layers" and "logits" of the proof. Raises RunFailed, UserError."""
     chosen = _prompts(source, target, ask.texts)
     tokens = sum(map(len, chosen.rows))
@@ -32,14 +34,14 @@ def prove(source: Source, target: Source, ask: Ask, proof: Dict[str, Any]) -> Li
     failures, whole = [], None
     if proof["whole_model"]["compared"]:
         try:
-            whole = theirs.whole_model(target.folder, chosen.rows, source)
+            whole = theirs.whole_model(target.folder, chosen.rows, source.family, dims)
         except RunFailed as error:  # layer by layer there is still something to tell
             failures.append(str(error))
     dtypes = {(layer, slot.name): target.entry(layer, slot.name).dtype for layer, slot in target.slots()}
     main = DTYPES[proof["dtype"]]
     narrow = arithmetic.narrow_dtype(main)
     meter = Meter(arithmetic.total_bytes(source), ask.progress)
-    found = arithmetic.compare(source, target, dtypes, arithmetic.Plan(chosen.rows, narrow, whole), meter)
+    found = arithmetic.compare(source, target, dtypes, arithmetic.Plan(chosen.rows, narrow, whole, dims.tied), meter)
     proof["export_dtype"] = {"dtype": proof["dtype"], "compared": narrow is not None or main == "F32"}
     shown = [_finite(row) for row in found]
     proof["layers"], proof["logits"] = shown[:-1], shown[-1]

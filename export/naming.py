@@ -23,14 +23,3 @@ def hf_names(family: ModelFamily, dims: Dims) -> Dict[SlotKey, str]:
 def slot_keys(family: ModelFamily, dims: Dims) -> Dict[str, SlotKey]:
     """HF name -> (layer, slot name), the inverse of ``hf_names``."""
     return {name: key for key, name in hf_names(family, dims).items()}
-
-
-def exported(family: ModelFamily, dims: Dims) -> List[Tuple[str, int, ParamSlot]]:
-    """(HF name, layer, slot) of every tensor that an export holds, in file order.
-
-    A tied head is left out where the family's loaders rebuild it from the embedding (llama), and written where servers
-    look for it (bloom).
-    """
-    leave_out = family.tied[1] if dims.tied and not family.exports_tied_head else None
-    names = [(family.hf_name(slot, layer), layer, slot) for layer, slot in slots(family, dims)]
-    return [item for item in names if item[0] != leave_out]

@@ -25,17 +25,41 @@ def names(folder: Path) -> List[str]:
     return [name for name in found if not (name == "tokenizer.model" and _is_gguf(folder / name))]
 
 
-def copy(source: Path, target: Path) -> List[str]:
-    """Copy them, byte for byte. Returns their names. Raises UserError when one cannot be read."""
+def copy(source: Path, target: Path, merges: str = "") -> List[str]:
+    """Copy them, byte for byte (but for merges that are to be joined). Returns their names. Raises UserError when one cannot be
+    read."""
     copied = names(source)
     try:
         for name in copied:
-            shutil.copyfile(str(source / name), str(target / name))
+            if name == "tokenizer.json" and merges:
+                (target / name).write_bytes(tokenizer_core(source, merges))
+            else:
+                shutil.copyfile(str(source / name), str(target / name))
         if (source / TEMPLATE_FOLDER).is_dir():
             shutil.copytree(str(source / TEMPLATE_FOLDER), str(target / TEMPLATE_FOLDER))
     except shutil.Error as error:
         raise UserError("%s: cannot be copied: %s" % (source, error)) from None
     return copied
+
+
+def tokenizer_core(folder: Path, merges: str) -> bytes:
+    """tokenizer.json as an export of this folder has it. ``merges``: "joined": pairs written as "a b", which every tokenizers
+    reads, and which is all that it reads before 0.20; a token with a blank in it cannot be written so, and raises UserError, or,
+    with "joined if possible", leaves the file as it is; "": as it is."""
+    path = folder / "tokenizer.json"
+    if not merges:
+        return path.read_bytes()
+    core = read_json(path)
+    model = core.get("model")
+    pairs = model.get("merges") if isinstance(model, dict) else None
+    if not isinstance(pairs, list) or all(isinstance(pair, str) for pair in pairs):
+        return path.read_bytes()
+    if not all(isinstance(pair, list) and len(pair) == 2 and not any(" " in str(token) for token in pair) for pair in pairs):
+        if merges != "joined":
+            return path.read_bytes()
+        raise UserError("%s: merges tokens with a blank in them, which the tokenizers library of this target cannot read" % path)
+    core["model"]["merges"] = [" ".join(pair) for pair in pairs]
+    return (json.dumps(core, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def export_config(config: Dict[str, Any], family: ModelFamily, dims: Dims, dtype: str) -> Dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Set, Tuple
 import torch
 
 from pipeline_train.errors import RunFailed
-from pipeline_train.families import ModelFamily, ParamSlot
+from pipeline_train.families import Dims, ModelFamily, ParamSlot
 from pipeline_train.weights import Source
 
 from .layerwise import Side
@@ -100,9 +100,8 @@ class Theirs(Side):
                 raise RunFailed("transformers %s %s" % (what, ", ".join(sorted(names)[:5])))
 
 
-def whole_model(folder: Path, prompts: List[List[int]], source: Source) -> Everything:
+def whole_model(folder: Path, prompts: List[List[int]], family: ModelFamily, dims: Dims) -> Everything:
     """AutoModelForCausalLM on the export, fp32, eager attention. Raises RunFailed when it does not load exactly or ties wrongly."""
-    dims, family = source.dims, source.family
     model = _load(folder, family)
     if _shared(model) != dims.tied:
         raise RunFailed("transformers %s, the checkpoint %s" % (_ties(_shared(model)), _ties(dims.tied)))

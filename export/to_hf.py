@@ -1,23 +1,23 @@
 """Pipeline weights -> a Hugging Face folder that ``from_pretrained`` just loads, streamed one tensor at a time."""
 
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 
 from pipeline_train import manifest
 from pipeline_train.errors import RunFailed, UserError
 from pipeline_train.proof import MARK
-from pipeline_train.weights import Source, open_source
+from pipeline_train.weights import Source, open_source, same_bits
 from pipeline_train.weights.files import NAMES, TORCH_DTYPES
 from pipeline_train.weights.writing import Item, TensorFile
 
-from . import aside, naming, sidecars
+from . import aside, bins, sidecars, targets
 from .from_hf import SHORT, main_dtype, versions
 from .measure import Meter, Progress
 from .shards import parse_size, plan, write_index
+from .targets import Target
 
-TARGETS = ("hf",)
 DTYPES = {short: name for name, short in SHORT.items()}  # "bf16" -> "BF16"
 
 
@@ -33,11 +33,11 @@ def to_hf(
     """Export a run, a checkpoint, a from-hf folder or a plain HF folder (or hub name).
 
     ``dtype``: "fp32" | "bf16" | "fp16"; None: a run's own dtype, rounded from its fp32 master weights, else each tensor's own.
-    Returns {"output", "target", "family", "tied", "dtype", "step", "shards", bytes, seconds, gb_per_s, peak_gib}.
+    ``target``: the server that it is for, see ``targets``.
+    Returns {"output", "target", "family", "tied", "dtype", "step", "shards", "notes", bytes, seconds, gb_per_s, peak_gib}.
     Raises UserError for what the user asked, RunFailed when a checkpoint's tied copies differ, fp16 overflows or writing fails.
     """
-    if target not in TARGETS:
-        raise UserError("--target %s: not one of those there are: %s" % (target, ", ".join(TARGETS)))
+    wanted = targets.find(target)
     if dtype is not None and dtype not in DTYPES:
         raise UserError("--dtype %s: not one of those there are: %s" % (dtype, ", ".join(DTYPES)))
     limit = parse_size(shard_size)
@@ -46,7 +46,9 @@ def to_hf(
     if source.manifest is not None:
         manifest.check_hashes(source.folder, source.manifest, optimizer=False)
     source.check_tied()
-    items = export_items(source, dtype)
+    targets.check(wanted, source.dims)
+    check_head(source, wanted)
+    items = export_items(source, dtype, wanted)
     main, _ = main_dtype(items)
     shards = plan(items, limit)
     meter = Meter(sum(item.nbytes for item in items), progress)
@@ -61,19 +63,34 @@ def to_hf(
         for name, shard in shards:
             _write_shard(folder / name, shard, source, meter)
         write_index(folder, shards)
-        sidecars.copy(source.folder, folder)
-        sidecars.finish(folder, sidecars.export_config(source.config, source.family, source.dims, main))
+        if targets.needs_bins(wanted, source.family):
+            _write_bins(folder, shards, source)
+        notes = targets.notes(wanted, source.family, sidecars.copy(source.folder, folder, wanted.merges))
+        dims = targets.exported_dims(wanted, source.family, source.dims)
+        sidecars.finish(folder, sidecars.export_config(source.config, source.family, dims, main))
         aside.write_marker(folder, dict(about, format="pipedock-export/1", source=source.kind, versions=versions()))
-    return dict(about, output=str(output), shards=len(shards), **meter.figures())
+    return dict(about, output=str(output), shards=len(shards), notes=notes, **meter.figures())
 
 
-def export_items(source: Source, dtype: Optional[str]) -> List[Item]:
+def check_head(source: Source, target: Target) -> None:
+    """Refuse an untied head of other values where the server would compute with the embedding instead."""
+    if source.dims.tied or not targets.head_must_equal(target, source.family):
+        return
+    embedding, head = ((layer, slot.name) for hf in source.family.tied for layer, slot in source.slots() if slot.hf == hf)
+    if not all(same_bits(a, b) for a, b in zip(source.pieces(*embedding), source.pieces(*head))):
+        raise UserError(
+            "--target %s: this model's head is not its embedding, and this server takes the embedding for the head of every %s, "
+            "so its answers would be wrong. Use --target hf (embedded server) or tgi-0.8" % (target.name, source.family.name)
+        )
+
+
+def export_items(source: Source, dtype: Optional[str], target: Target) -> List[Item]:
     """The tensors of the export in file order: HF name, dtype in the export, shape, (layer, slot name)."""
     if dtype is None and source.kind == "checkpoint":
         assert source.manifest is not None
         dtype = source.manifest["run_dtype"]
     items = []
-    for name, layer, slot in naming.exported(source.family, source.dims):
+    for name, layer, slot in targets.exported(target, source.family, source.dims):
         kept = DTYPES[dtype] if dtype is not None else source.entry(layer, slot.name).dtype
         items.append(Item(name, kept, slot.size(source.dims), (layer, slot.name)))
     return items
@@ -96,6 +113,16 @@ def step_of(source: Source) -> Optional[int]:
 def _write_shard(path: Path, shard: List[Item], source: Source, meter: Meter) -> None:
     with TensorFile(path, shard, more=MARK) as writer:
         for item in shard:
-            layer, slot_name = item.source
-            writer.write(item.name, (cast(piece, item.dtype, item.name) for piece in source.pieces(layer, slot_name)))
+            writer.write(item.name, _pieces(source, item))
             meter.add(item.nbytes)
+
+
+def _write_bins(folder: Path, shards: List[Any], source: Source) -> None:
+    planned = bins.plan(shards)
+    for name, items in planned:
+        bins.write(folder / name, items, lambda item: _pieces(source, item))
+    bins.write_index(folder, planned)
+
+
+def _pieces(source: Source, item: Item) -> Iterator[torch.Tensor]:
+    return (cast(piece, item.dtype, item.name) for piece in source.pieces(*item.source))

@@ -13,13 +13,15 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 from pipeline_train import manifest
 from pipeline_train import proof as proofs
 from pipeline_train.errors import RunFailed, UserError
+from pipeline_train.families import Dims
 from pipeline_train.weights import Source, find_folder, open_source, same_bits
 from pipeline_train.weights.writing import Item
 
-from . import beside, compute, naming, sidecars
+from . import beside, bins, compute, sidecars, targets
 from .compute import Ask
 from .from_hf import SHORT, main_dtype, versions
 from .measure import Meter, Progress, peak_gib
+from .targets import Target
 from .to_hf import DTYPES, cast, step_of
 
 
@@ -111,20 +113,27 @@ def _prove(source: Source, folder: Path, ask: Ask, proof: Dict[str, Any]) -> Lis
     """Fill the proof step by step; returns the failures in order."""
     try:
         target = open_source(str(folder))
-        failures = _keys(source, target, proof)
+        wanted = _target(folder)
+        proof["target"] = wanted.name
+        failures = _keys(source, target, wanted, proof)
         target.check()
         proof["dtype"] = _dtype(target)
     except UserError as error:
         return [str(error)]
-    failures += _config(source, target, proof) + beside.strays(target)
+    dims = targets.exported_dims(wanted, source.family, source.dims)
+    bin_files = bins.files(folder) if targets.needs_bins(wanted, source.family) else set()
+    failures += _config(dims, target, proof) + beside.strays(target, bin_files)
     steps: List[Callable[[], List[str]]] = [
         lambda: beside.identity(source, target),
-        lambda: beside.files(source, folder),
+        lambda: beside.files(source, folder, wanted.merges),
         lambda: beside.tokenization(source.folder, folder, ask.texts),
     ]
     if _shapes(source, target):
         steps.append(lambda: _tensors(source, target, ask.progress, proof))
-        steps.append(lambda: compute.prove(source, target, ask, proof))
+        if targets.needs_bins(wanted, source.family):
+            named = {name: (layer, slot.name) for name, layer, slot in targets.exported(wanted, source.family, source.dims)}
+            steps.append(lambda: bins.differing(target, named))
+        steps.append(lambda: compute.prove(source, target, dims, ask, proof))
     for step in steps:
         try:
             failures += step()
@@ -133,9 +142,15 @@ def _prove(source: Source, folder: Path, ask: Ask, proof: Dict[str, Any]) -> Lis
     return failures
 
 
-def _keys(source: Source, target: Source, proof: Dict[str, Any]) -> List[str]:
+def _target(folder: Path) -> Target:
+    """Whom the export says that it is for. Raises UserError."""
+    path = folder / proofs.EXPORT
+    return targets.find(str(sidecars.read_json(path).get("target"))) if path.is_file() else targets.find("hf")
+
+
+def _keys(source: Source, target: Source, wanted: Target, proof: Dict[str, Any]) -> List[str]:
     """Exactly the tensors an export of this model has."""
-    expected = {name for name, _, _ in naming.exported(source.family, source.dims)}
+    expected = {name for name, _, _ in targets.exported(wanted, source.family, source.dims)}
     found = set(target.names())
     proof["keys"] = {"expected": len(expected), "missing": sorted(expected - found), "extra": sorted(found - expected)}
     return ["%d tensor(s) %s: %s" % (len(keys), what, ", ".join(keys[:5]))
@@ -148,9 +163,9 @@ def _dtype(target: Source) -> str:
     return SHORT[main_dtype(items)[0]]
 
 
-def _config(source: Source, target: Source, proof: Dict[str, Any]) -> List[str]:
+def _config(expected: Dims, target: Source, proof: Dict[str, Any]) -> List[str]:
     """Every size and switch that decides the arithmetic; and the dtype that "auto" would load."""
-    ours, theirs = dataclasses.asdict(source.dims), dataclasses.asdict(target.dims)
+    ours, theirs = dataclasses.asdict(expected), dataclasses.asdict(target.dims)
     differing = {key: [ours[key], theirs[key]] for key in ours if ours[key] != theirs[key]}
     proof["config"] = {"differing": differing}
     failures = ["config.json: %s is %s in the checkpoint, %s in the export" % (key, a, b) for key, (a, b) in differing.items()]

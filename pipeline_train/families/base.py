@@ -88,6 +88,7 @@ class ServingFacts:
 
     flash_attention: bool  # TGI serves it through flash attention kernels
     tgi_bare_prefix: str = ""  # the key prefix that TGI 2.2+ does not accept
+    head_from_embedding: bool = False  # TGI 0.9+ and vLLM compute the head with the embedding, whatever the files hold
 
 
 @dataclass(frozen=True)

@@ -101,5 +101,5 @@ FAMILY = ModelFamily(
         r"^(transformer\.)?h\.\d+\.self_attention\.scale_mask_softmax\.causal_mask$",
     ),
     optional_prefix="transformer.",
-    facts=ServingFacts(flash_attention=False, tgi_bare_prefix="transformer."),
+    facts=ServingFacts(flash_attention=False, tgi_bare_prefix="transformer.", head_from_embedding=True),
 )

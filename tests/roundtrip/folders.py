@@ -35,7 +35,7 @@ def edit_json(path: Path, **changes: Any) -> None:
     """Set keys of a JSON file; None removes one."""
     document = json.loads(path.read_text())
     document.update(changes)
-    path.write_text(json.dumps({key: value for key, value in document.items() if value is not None}))
+    path.write_text(json.dumps({key: value for key, value in document.items() if value is not None or key not in changes}))
 
 
 def write_tokenizer_core(folder: Path, change: Any) -> None:

@@ -98,7 +98,7 @@ def refused(call, *args, **options):
 def test_what_the_user_can_get_wrong(tmp_path):
     make_checkpoint(tmp_path / "c", tiny_config("llama"))
     c, out = str(tmp_path / "c"), str(tmp_path / "out")
-    assert refused(to_hf, c, out, target="tgi-9") == "--target tgi-9: not one of those there are: hf"
+    assert refused(to_hf, c, out, target="tgi-9") == "--target tgi-9: not one of those there are: hf, tgi-0.8, tgi-3, vllm"
     assert refused(to_hf, c, out, dtype="int4") == "--dtype int4: not one of those there are: fp32, bf16, fp16"
     assert "--shard-size: 'huge' is not a size" in refused(to_hf, c, out, shard_size="huge")
     assert "none: no such folder" in refused(to_hf, str(tmp_path / "none"), out)

@@ -31,14 +31,3 @@ def test_transformers_has_exactly_these_names_and_shapes(variant):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
     ours = {family.hf_name(slot, layer): slot.size(dims) for layer, slot in naming.slots(family, dims)}
     assert ours == {name: tuple(tensor.shape) for name, tensor in state_of(model).items()}
-
-
-@pytest.mark.parametrize(
-    "family, tied, head", [("llama", True, False), ("llama", False, True), ("bloom", True, True), ("bloom", False, True)]
-)
-def test_which_exports_carry_a_head(family, tied, head):
-    config = tiny_config(family, tie_word_embeddings=tied)
-    exported = [name for name, _, _ in naming.exported(families.family_of(config), families.dims_of(config))]
-    everything = naming.slot_keys(families.family_of(config), families.dims_of(config))
-    assert ("lm_head.weight" in exported) is head
-    assert set(everything) - set(exported) == (set() if head else {"lm_head.weight"})
