@@ -111,7 +111,7 @@ def test_an_environment_is_tested_once(monkeypatch, tmp_path):
     def fake(cases, gpus, folder):
         tested.append(folder)
         worst = dict.fromkeys(FIGURES, 1e-7)
-        return {"ok": True, "cases": [], "worst": worst, "key": selftest_run.key_of(cases, gpus), "seconds": 1}
+        return {"ok": True, "cases": [], "worst": worst, "seconds": 1}
 
     monkeypatch.setattr(selftest_run, "test", fake)
     for _ in range(2):
@@ -143,14 +143,20 @@ def test_the_key_follows_the_source_the_device_and_the_case(monkeypatch, tmp_pat
     run = prepared(tmp_path).config
     cases = selftest_run.cases_of(run, None, 0)
     keys = {selftest_run.key_of(cases, 0), selftest_run.key_of(cases[:1], 0)}
-    monkeypatch.setattr(compat, "gpus", lambda: compat.Gpus(2, "Tesla T4", False))
+    keys.add(selftest_run.key_of(cases, 2))
+    monkeypatch.setattr(selftest_run, "DRIVER", tmp_path / "nvidia")
+    (tmp_path / "nvidia" / "gpus" / "0000:01:00.0").mkdir(parents=True)
+    for path, line in (("version", "NVRM version: 535.1"), ("gpus/0000:01:00.0/information", "Model: \t Tesla T4")):
+        (tmp_path / "nvidia" / path).write_text(line + "\nIRQ: 3\n")
+        keys.add(selftest_run.key_of(cases, 2))
+    (tmp_path / "nvidia" / "version").write_text("NVRM version: 535.1\nIRQ: 4\n")
     keys.add(selftest_run.key_of(cases, 2))
     monkeypatch.setattr(selftest_run, "__file__", str(tmp_path / "selftest_run.py"))
     (tmp_path / "a.py").write_text("x = 1\n")
     keys.add(selftest_run.key_of(cases, 2))
     (tmp_path / "a.py").write_text("x = 2\n")
     keys.add(selftest_run.key_of(cases, 2))
-    assert len(keys) == 5
+    assert len(keys) == 7
 
 
 def layouts(tmp_path, gpus, **parallel):
