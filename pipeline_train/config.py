@@ -163,11 +163,11 @@ def _check_optim(config: RunConfig, where: str) -> None:
         if not fine:  # also false for nan
             raise UserError("%s: optim.%s: %s is out of range" % (where, key, getattr(optim, key)))
     scale = optim.loss_scale
-    limits = (
+    scale_limits = (
         ("initial", scale.min <= scale.initial <= 2**32), ("window", scale.window >= 1), ("hysteresis", scale.hysteresis >= 1),
         ("min", 0 < scale.min < INFINITE), ("max_overflows", scale.max_overflows >= 1),
     )  # fmt: skip
-    for key, fine in limits:
+    for key, fine in scale_limits:
         if not fine:
             raise UserError("%s: optim.loss_scale.%s: %s is out of range" % (where, key, getattr(scale, key)))
 
