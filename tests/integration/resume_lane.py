@@ -11,6 +11,7 @@ import shutil
 
 import pytest
 
+from pipeline_train import run_folder
 from tests.runs import at_step, killed, lines_of, make, same_end, saved, train, when_saved
 
 SEED = int(os.environ.get("PIPEDOCK_RESUME_SEED", "11"))
@@ -24,12 +25,12 @@ CASES = {
 
 @pytest.fixture(scope="module", params=sorted(CASES))
 def root(request, tmp_path_factory):
-    """A finished run in root/out that nobody killed: three epochs of six steps."""
+    """A finished run in root/out that nobody killed: four epochs."""
     family, parallel, optim, behind = CASES[request.param]
     root = tmp_path_factory.mktemp("resume")
     make(
         root, family, records=46, parallel=parallel, batch={"global": 8}, optim=dict(optim, lr=1e-3, warmup=2, clip=0.5),
-        train={"epochs": 3, "save_every": 2, "keep": 2, "async_save": behind},
+        train={"epochs": 4, "save_every": 2, "keep": 2, "async_save": behind},
     )  # fmt: skip
     done = train(root)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -45,13 +46,14 @@ def test_killed_again_and_again_the_run_ends_in_the_same_bytes(root):
     draw, out, total = random.Random(SEED), root / "killed", total_of(root)
     epochs = [lines_of(root / "out", "step")[step]["epoch"] for step in range(1, total + 1)]
     boundary = epochs.index(1)
-    assert boundary % 2 == 0 and set(epochs) == {0, 1, 2}, "the boundary is a save's step"
+    assert boundary % 2 == 0 and set(epochs) == {0, 1, 2, 3}, "the boundary is a save's step"
     parallel = json.loads((root / "run.yaml").read_text())["parallel"]
     victims = [{rank} for rank in range(parallel["pipe"] * parallel.get("data", 1))] + ["all", "launcher"]
     draw.shuffle(victims)
     killed(root, out, when_saved(boundary), victims[0])
     for who in victims[1:]:
-        step = draw.randint(min(total - 3, len(lines_of(out, "step"))), total - 3)
+        first = min(total - 3, run_folder.step_of(saved(out)[-1]) + 1)
+        step = draw.randint(first, min(total - 3, first + 4))
         killed(root, out, at_step(step), who)
         print("seed %d: killed %s at step %d, newest checkpoint %s" % (SEED, who, step, saved(out)[-1].name))
     done = train(root, "--set", "run.out=%s" % out, "--resume")
