@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Set
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -63,7 +63,8 @@ def train(folder: Path, behind: bool) -> List[Dict[str, Any]]:
     subprocess.run(command + ["--set", "train.async_save=%s" % str(behind).lower()], check=True, stdout=subprocess.DEVNULL)
     lines = metrics.read(out / "metrics.jsonl")
     steps = [line for line in lines if line["kind"] == "step"]
-    busy, under_way = set(), 0
+    busy: Set[int] = set()
+    under_way = 0
     for line in lines:  # a save's line comes when it is complete
         if line["kind"] == "save":
             busy.update(range(line["step"] + 1, under_way + 1))
