@@ -14,7 +14,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
-from . import checkpoint_folder, compat, config, deepspeed_keys, families, manifest, native, plan, run_folder, sinks, weights
+from . import (
+    checkpoint_folder,
+    compat,
+    config,
+    deepspeed_keys,
+    families,
+    hostfile,
+    manifest,
+    native,
+    plan,
+    run_folder,
+    sinks,
+    weights,
+)
 from .config_schema import RunConfig
 from .data import feed, template
 from .data.encode import TextCodec
@@ -37,14 +50,25 @@ class Prepared(NamedTuple):
     done: int
 
 
-def prepare(run: RunConfig, source: Path, resume: Optional[str], say: Say, allow_changed_data: bool = False) -> Prepared:
-    """Check, resolve, encode. ``source``: the user's run.yaml. ``resume``: None, "newest" or "auto". Raises UserError."""
+def prepare(
+    run: RunConfig,
+    source: Path,
+    resume: Optional[str],
+    say: Say,
+    allow_changed_data: bool = False,
+    hosts: Optional[Path] = None,
+) -> Prepared:
+    """Check, resolve, encode. ``source``: the user's run.yaml. ``resume``: None, "newest" or "auto". ``hosts``: a hostfile.
+
+    Raises UserError."""
     found = compat.versions()
     compat.check_deepspeed(found["deepspeed"])
     for note in compat.notes(found):
         say(note)
     sinks.check(run, source.name)
     gpus = resolve_device(run, found, source.name, say)
+    if hosts is not None:
+        hostfile.check(hostfile.read(hosts), run.world, gpus)
     out = Path(run.run.out)
     run_folder.take(out, source.name, say)
     checkpoint = run_folder.find(out, resume, say)

@@ -17,6 +17,7 @@ def add(parser: argparse.ArgumentParser) -> None:
                         help="continue from the newest whole checkpoint; auto: start if there is none")  # fmt: skip
     parser.add_argument("--allow-changed-data", action="store_true",
                         help="let --resume go on although the data, its packing or the batch size changed")  # fmt: skip
+    parser.add_argument("--hostfile", metavar="FILE", type=Path, help='the machine as DeepSpeed names it: "node1 slots=8"')
     parser.add_argument("--stack-check", action="store_true", help="only check the installed versions")
     parser.add_argument("--self-test", action="store_true",
                         help="only compare training on this machine with transformers, on a tiny model")  # fmt: skip
@@ -55,7 +56,7 @@ def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
 
         inputs = [path for path in (loaded.run.out, loaded.model.path, loaded.data.train, loaded.data.eval) if path is not None]
         check_free(loaded.export.dir, overwrite=args.resume is not None, apart_from=inputs)  # now, not after days of training
-    prepared = prepare(loaded, Path(args.config), args.resume, say, args.allow_changed_data)
+    prepared = prepare(loaded, Path(args.config), args.resume, say, args.allow_changed_data, args.hostfile)
     out = str(prepared.out)
     if prepared.done >= prepared.total:
         say("%s: finished already, at step %d of %d" % (out, prepared.done, prepared.total))
