@@ -174,7 +174,8 @@ def test_bf16_follows_at_a_distance(world, measured):
 
 @WORLDS
 def test_tied_copies_are_equal_after_twenty_steps(world, launched):
-    """Bit by bit with one or two replicas; more may be summed up in another order on the last stage."""
+    """Bit by bit with one or two replicas; more may be summed up in another order on the last stage. DeepSpeed's optimizer for
+    the CPU rounds the last few elements of a partition otherwise than the rest, and the copies lie at different places of it."""
     found = 0
     for case, ranks in launched(world).items():
         if not case.model.endswith("tied"):
