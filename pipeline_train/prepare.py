@@ -61,6 +61,8 @@ def prepare(
     """Check, resolve, encode. ``source``: the user's run.yaml. ``resume``: None, "newest" or "auto". ``hosts``: a hostfile.
 
     Raises UserError."""
+    if allow_changed_data and resume is None:
+        raise UserError("--allow-changed-data: goes with --resume; a new run takes its data as it is")
     found = compat.versions()
     compat.check_deepspeed(found["deepspeed"])
     for note in compat.notes(found):

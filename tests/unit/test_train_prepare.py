@@ -320,6 +320,11 @@ def test_rows_of_another_kind_are_other_data_too(start, name, sections):
     assert [line for line in start.said if line.startswith("--resume: %s changed since the checkpoint at step 4 (" % name)]
 
 
+def test_the_flag_without_a_resume_is_refused(start):
+    with pytest.raises(UserError, match="^--allow-changed-data: goes with --resume; a new run takes its data as it is$"):
+        start(allow=True)
+
+
 def test_what_no_flag_allows(start, model, tmp_path):
     start()
     used(start)
