@@ -58,7 +58,7 @@ def load_tokenizer(folder: Path, what: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         tokenizer(TEXTS[0])
     except Exception as error:  # the tokenizers library raises Exception itself
         raise RunFailed("AutoTokenizer cannot use %s: %s" % (what, first_line(error))) from error

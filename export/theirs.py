@@ -125,7 +125,7 @@ def whole_model(folder: Path, prompts: List[List[int]], family: ModelFamily, dim
 def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(str(folder))
+    config: Any = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     config._attn_implementation = "eager"
     # By the configuration, since the argument's name differs between versions. Widening to fp32 is exact.
     setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", torch.float32)
@@ -153,7 +153,8 @@ def _load(folder: Path, family: ModelFamily) -> Any:
 
     try:
         config = _config(folder)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), config=config, output_loading_info=True)
+        options: Dict[str, Any] = {"config": config, "output_loading_info": True, "trust_remote_code": False}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), **options)
     except Exception as error:  # safetensors' errors derive from Exception alone
         raise RunFailed("AutoModelForCausalLM cannot load the export: %s" % first_line(error)) from error
     model, info = loaded

@@ -13,6 +13,8 @@ from .base import ConfigReader, Dims, ModelFamily, ParamSlot, RopeScaling, Servi
 
 FAMILIES = {family.name: family for family in (llama.FAMILY, bloom.FAMILY)}  # type: Dict[str, ModelFamily]
 
+MOST_BLOCKS = 10000  # far above any model; whoever lists the layers of a billion blocks runs out of memory
+
 __all__ = [
     "FAMILIES",
     "ConfigReader",
@@ -62,7 +64,10 @@ def family_of(config: Dict[str, Any]) -> ModelFamily:
 
 def dims_of(config: Dict[str, Any]) -> Dims:
     """Every size and switch of the model. Raises UserError naming each key that is not implemented."""
-    return family_of(config).dims_from_hf(config)
+    dims = family_of(config).dims_from_hf(config)
+    if dims.blocks > MOST_BLOCKS:
+        raise UserError("config.json: %d blocks; a file that was damaged or forged (at most %d)" % (dims.blocks, MOST_BLOCKS))
+    return dims
 
 
 def _no_constant(text: str) -> float:

@@ -8,7 +8,6 @@ It is read with plain reads, not mapped: a mapping keeps every page it touched r
 import inspect
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -126,9 +125,9 @@ class BinFile:
                 options["mmap"] = True
             try:
                 state = torch.load(str(self.path), **options)
-            except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            except Exception as error:  # torch's unpickler raises whatever a damaged file makes of it
                 reason = str(error).strip().split("\n")[0][:160]
-                raise UserError("%s: not a whole file of tensors: %s" % (self.path, reason or type(error).__name__)) from None
+                raise UserError("%s: not a whole file of tensors: %s" % (self.path, reason or type(error).__name__)) from error
             if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
                 raise UserError("%s: not a state dict (expected a dictionary of tensors)" % self.path)
             if self._check is not None:

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from export import aside, shards, sidecars
 from export.aside import output_folder
 from export.measure import Meter, print_progress
+from export.to_hf import to_hf
 from pipeline_train import families
 from pipeline_train.errors import RunFailed, UserError
 from pipeline_train.proof import EXPORT, MARK
 from pipeline_train.weights.writing import Item, TensorFile
-from tests.models import tiny_config
+from tests.models import make_hf, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,6 +127,39 @@ def test_outputs_that_are_refused(tmp_path):
     for name in (tmp_path / ("x" * 300), tmp_path / ("x" * 250), tmp_path / ("x" * 300) / "y"):
         assert "cannot be made: its name is too long" in enter(name)
     assert (full / "thesis.tex").read_text() == "years of work" and os.listdir(str(tmp_path)) == ["full"]
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, %r)
+from export import to_hf
+from pipeline_train.weights.writing import TensorFile
+write, written = TensorFile.write, []
+def dies(self, name, pieces):
+    if len(written) == int(sys.argv[3]):
+        os.kill(os.getpid(), 9)
+    written.append(name)
+    write(self, name, pieces)
+TensorFile.write = dies
+to_hf.to_hf(sys.argv[1], sys.argv[2], shard_size="60KB", overwrite=True)
+"""
+
+
+def test_a_killed_export_is_never_taken_for_a_whole_one(tmp_path):
+    """Killed at any tensor: no folder of that name, or the earlier export untouched; what is left is cleared."""
+    make_hf(tmp_path / "hf", tiny_config("llama"))
+    for after, before in ((0, None), (20, None), (20, b"earlier")):
+        if before is not None:
+            to_hf(str(tmp_path / "hf"), str(tmp_path / "x"))
+            (tmp_path / "x" / "proof.json").write_bytes(before)
+        done = subprocess.run([sys.executable, "-c", KILLED % str(ROOT), str(tmp_path / "hf"), str(tmp_path / "x"), str(after)])
+        assert done.returncode == -9 and (tmp_path / "x").exists() is (before is not None)
+        left = tmp_path / ".x.partial"
+        assert list(left.glob("*.safetensors")) and not (left / "config.json").exists() and not (left / EXPORT).exists()
+    assert (tmp_path / "x" / "proof.json").read_bytes() == before
+    told = to_hf(str(tmp_path / "hf"), str(tmp_path / "x"), overwrite=True, shard_size="60KB")
+    assert not left.exists() and told["shards"] == len(list((tmp_path / "x").glob("*.safetensors")))
+    assert not (tmp_path / "x" / "proof.json").exists()
 
 
 def test_overwrite_replaces_an_earlier_export_only_at_the_end(tmp_path):
