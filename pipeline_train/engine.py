@@ -75,7 +75,8 @@ def merged(base: Dict[str, Any], over: Dict[str, Any]) -> Dict[str, Any]:
 
 
 class StepResult(NamedTuple):
-    """``loss``: mean over the step's learnt tokens. ``grad_norm``: before clipping, over all stages; None when not finite.
+    """``loss``: mean over the step's learnt tokens. ``grad_norm``: before clipping, over all stages; None when not finite or when
+    the step was skipped (0.9.2 would still give the step's before).
     ``skipped``: an fp16 overflow, the weights did not move. ``busy``, ``span``: seconds of this rank, see instructions.Clock.
     ``scale``: the loss scale of this step, None when not training in fp16."""
 
@@ -149,7 +150,7 @@ class Pipeline:
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         skipped = bool(getattr(self.engine.optimizer, "overflow", False))
         busy, span = self.watched.clock.take()
-        return StepResult(loss, norm if math.isfinite(norm) and norm >= 0 else None, skipped, busy, span, scale)
+        return StepResult(loss, norm if math.isfinite(norm) and norm >= 0 and not skipped else None, skipped, busy, span, scale)
 
     def evaluate(self, batches: Iterator[MicroBatch], learnt_tokens: int) -> float:
         """Mean loss over one step's learnt tokens, no gradients."""
