@@ -12,7 +12,7 @@ from pipeline_train.weights import Source, open_source, same_bits
 from pipeline_train.weights.files import NAMES, TORCH_DTYPES
 from pipeline_train.weights.writing import Item, TensorFile
 
-from . import aside, bins, sidecars, targets
+from . import aside, bins, card, sidecars, targets
 from .from_hf import SHORT, main_dtype, versions
 from .measure import Meter, Progress
 from .shards import parse_size, plan, write_index
@@ -68,7 +68,9 @@ def to_hf(
         notes = targets.notes(wanted, source.family, sidecars.copy(source.folder, folder, wanted.merges))
         dims = targets.exported_dims(wanted, source.family, source.dims)
         sidecars.finish(folder, sidecars.export_config(source.config, source.family, dims, main))
-        aside.write_marker(folder, dict(about, format="pipedock-export/1", source=source.kind, versions=versions()))
+        page = dict(about, format="pipedock-export/1", source=source.kind, versions=versions())
+        card.write(folder, source, page, Path(output).name)
+        aside.write_marker(folder, page)
     return dict(about, output=str(output), shards=len(shards), notes=notes, **meter.figures())
 
 

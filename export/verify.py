@@ -17,7 +17,7 @@ from pipeline_train.families import Dims
 from pipeline_train.weights import Source, find_folder, open_source, same_bits
 from pipeline_train.weights.writing import Item
 
-from . import beside, bins, compute, sidecars, targets
+from . import beside, bins, card, compute, sidecars, targets
 from .compute import Ask
 from .from_hf import SHORT, main_dtype, versions
 from .measure import Meter, Progress, peak_gib
@@ -104,6 +104,7 @@ def _keep(folder: Path, proof: Dict[str, Any]) -> None:
                         % (proof["export"], proof["checkpoint"], proof["failures"][0], other["checkpoint"]),
                         document=proof)  # fmt: skip
     try:
+        card.prove(folder, proof)
         (folder / proofs.NAME).write_text(json.dumps(proof, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise RunFailed("%s: cannot be written: %s" % (folder / proofs.NAME, error.strerror)) from None

@@ -126,7 +126,7 @@ def test_an_empty_vocabulary_is_no_tokenizer(monkeypatch, tmp_path):
     import transformers
 
     stub = {"input_ids": [1]}
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path: lambda text: stub)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path, **options: lambda text: stub)
     with pytest.raises(RunFailed, match="gives no ids, or the same ones for different texts; its files are not whole"):
         prompts.text_ids(tmp_path, list(prompts.TEXTS), families.dims_of(tiny_config("llama")))
     stub["input_ids"] = []
