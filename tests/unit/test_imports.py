@@ -13,7 +13,8 @@ PACKAGES = ("pipeline_train", "export", "serve", "verbs")
 # Lowest first: a module may import its own row and the rows above it in this list.
 ROWS = [
     {"errors", "pulse", "watch", "hostfile"},
-    {"families", "manifest", "proof", "host", "native", "data.records", "data.shapes", "data.files", "data.json_text", "data.template"},
+    {"families", "manifest", "proof", "host", "native",
+     "data.records", "data.shapes", "data.files", "data.json_text", "data.template"},
     {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder", "checkpoint_folder", "loss_scale"},
     {"compat"},
     {"models", "data", "plan"},
@@ -22,7 +23,7 @@ ROWS = [
     {"loop", "worker", "selftest"},
     {"prepare"},
     {"launch", "report", "selftest_run"},
-]
+]  # fmt: skip
 EXPORT_MAY = {"errors", "families", "manifest", "proof", "host", "config", "models", "weights", "data.template"}
 SERVE_MAY = {"errors", "families", "manifest", "proof", "config", "data.template"}
 LIBRARIES = {  # library -> where it may be imported
@@ -106,7 +107,9 @@ def test_no_torch_where_planning_and_validation_live():
     assert [u for u in users if u.startswith(NO_TORCH)] == []
 
 
-@pytest.mark.parametrize("module", ["pipeline_train.families", "pipeline_train.plan", "pipeline_train.manifest", "pipeline_train.proof", "export.naming"])
+@pytest.mark.parametrize("module", [
+    "pipeline_train.families", "pipeline_train.plan", "pipeline_train.manifest", "pipeline_train.proof", "export.naming",
+])  # fmt: skip
 def test_runs_in_a_bare_venv(module):
     """-S -I leaves only the standard library: no site-packages at all."""
     code = "import sys; sys.path.insert(0, %r); import %s" % (str(ROOT), module)
