@@ -68,7 +68,8 @@ def settle_ties(pipe: "Pipeline") -> None:
     """Give the head's copy the embedding's values where they differ.
 
     They do not differ with one or two replicas. With more, an all-reduce may add the replicas up in another order on the
-    last stage than on the first, and a gradient then differs in its last bit."""
+    last stage than on the first, and a gradient then differs in its last bit; DeepSpeed's optimizer for the CPU
+    (parallel.offload) rounds the last few elements of a partition otherwise than the rest."""
     stage = pipe.stage
     if stage.tied_weight is None:
         return

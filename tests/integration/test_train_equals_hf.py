@@ -183,10 +183,10 @@ def test_tied_copies_are_equal_after_twenty_steps(world, launched):
         copies = [w for rank in ranks for slot, w in rank["weights"].items()
                   if slot.endswith(("embed_tokens.weight", "word_embeddings.weight", "lm_head.weight"))]  # fmt: skip
         assert len(copies) >= 2
-        if case.data <= 2:
+        if case.data <= 2 and case.offload != "deepspeed":
             assert all(torch.equal(copies[0], copy) for copy in copies[1:]), case.name
         else:
-            assert all(selftest.off(copy, copies[0]) <= 1e-4 for copy in copies[1:]), case.name
+            assert all(selftest.off(copy, copies[0]) <= 1e-6 for copy in copies[1:]), case.name
         found += 1
     assert found
 
