@@ -77,19 +77,29 @@ class Watched:
             if name in ENDS and clock.last is None:
                 clock.last = clock.now()
             if name == "OptimizerStep":
-                self._agree(engine)
-            if name not in BUSY:
+                result = self._step(engine, lambda: do(engine, *args, **kwargs))
+            elif name not in BUSY:
                 result = do(engine, *args, **kwargs)
             else:
                 start = clock.now()
                 clock.first = start if clock.first is None else clock.first
                 result = do(engine, *args, **kwargs)
                 clock.marks.append((start, clock.now()))
-            if name == "OptimizerStep":
-                self._check_gradients(engine)
             return result
 
         return instruction
+
+    def _step(self, engine: Any, do: Callable[[], Any]) -> Any:
+        """DeepSpeed 0.9.2 and 0.19.8 move the loss scale before they divide the gradient by it: a step that doubles the scale would
+        use half of an unclipped gradient. Here the scale moves after the step."""
+        self._agree(engine)
+        if self.fp16:
+            engine.optimizer._update_scale = lambda overflow: None
+        result = do()
+        if self.fp16:
+            engine.optimizer.loss_scaler.update_scale(engine.optimizer.overflow)
+        self._check_gradients(engine)
+        return result
 
     def _agree(self, engine: Any) -> None:
         """One all-reduce, before any weight moves: is the loss a number on every replica, and does anybody wish anything?"""

@@ -51,6 +51,9 @@ class Planted:
             self.step += 1
         return seen
 
+    def moments(self):
+        return [self.pipe.read_whole(p, "exp_avg") for p in self.parameters]
+
 
 def as_fp16(planted, scale, window, hysteresis, least):
     """fp16 needs a GPU; its scaler, and all that DeepSpeed's ZeRO-1 does around it, does not."""
@@ -78,9 +81,9 @@ def main():
     raw = json.loads((folder / "run.json").read_text())
     dims = families.dims_of(families.read_config(raw["model"]["path"]))
 
-    def make(where, value, at, dtype="fp32"):
+    def make(where, value, at, dtype="fp32", clip=0.5):
         run = config.parse(json.loads((folder / "run.json").read_text()))
-        run.model.dtype = dtype
+        run.model.dtype, run.optim.clip = dtype, clip
         return Planted(run, dims, bounds(dims, 2, "auto", 24), where, value, at)
 
     def keep(name, seen):
@@ -100,6 +103,12 @@ def main():
     stormy = make(1, float("inf"), [1, 2, 3])
     as_fp16(stormy, 1024.0, 2, 2, 256.0)
     keep("fp16-storm", stormy.go(9))
+    free = make(0, 0.0, [], clip=0.0)
+    free.go(4)
+    doubling = make(0, 0.0, [], clip=0.0)
+    as_fp16(doubling, 1024.0, 1, 1, 1.0)
+    keep("fp16-doubling", doubling.go(4))
+    keep("moments", [float((a - b).abs().max() / a.abs().max()) for a, b in zip(free.moments(), doubling.moments())])
     dist.barrier()
     leave()
 

@@ -66,6 +66,12 @@ def test_the_loss_scale_is_in_the_gradients_and_out_again(planted):
             assert b[:2] == pytest.approx(a[:2], rel=1e-5) and b[2:4] == [False, True] and b[4] == 1024.0
 
 
+def test_a_step_that_doubles_the_scale_uses_the_whole_gradient(planted):
+    """Without clipping; DeepSpeed alone would divide by the doubled scale."""
+    for seen, differences in zip(planted("fp16-doubling"), planted("moments")):
+        assert seen[-1][4] > 1024.0 and max(differences) < 1e-4
+
+
 def test_an_overflow_skips_the_step_on_every_rank_and_halves_the_scale(planted):
     """Overflows at steps 1, 2 and 3, hysteresis 2, window 2, smallest scale 256."""
     for seen in planted("fp16-storm"):
