@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Dict, List, Tuple
 
 from pipeline_train.errors import UserError
-from pipeline_train.families import Dims, ModelFamily, ParamSlot
+from pipeline_train.families import FAMILIES, Dims, ModelFamily, ParamSlot
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,17 @@ def check(target: Target, dims: Dims) -> None:
     if wrong:
         raise UserError(
             "--target %s: this server cannot compute this model: %s. Use --target tgi-3 or vllm" % (target.name, "; ".join(wrong))
+        )
+
+
+def check_run(name: str, dims: Dims) -> None:
+    """Refuse, before a model is trained, a target that its export cannot be for. Raises UserError."""
+    target = find(name)
+    check(target, dims)
+    if head_must_equal(target, FAMILIES[dims.family]) and not dims.tied:
+        raise UserError(
+            "export.target: %s: this run trains a head of its own (tie_word_embeddings is false), and this server takes the "
+            "embedding for the head of every %s. Use hf or tgi-0.8" % (name, dims.family)
         )
 
 

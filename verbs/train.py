@@ -57,6 +57,10 @@ def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
         inputs = [path for path in (loaded.run.out, loaded.model.path, loaded.data.train, loaded.data.eval) if path is not None]
         check_free(loaded.export.dir, overwrite=args.resume is not None, apart_from=inputs)  # now, not after days of training
     prepared = prepare(loaded, Path(args.config), args.resume, say, args.allow_changed_data, args.hostfile)
+    if loaded.export is not None:
+        from export.targets import check_run
+
+        check_run(loaded.export.target, prepared.dims)
     out = str(prepared.out)
     if prepared.done >= prepared.total:
         say("%s: finished already, at step %d of %d" % (out, prepared.done, prepared.total))

@@ -205,3 +205,17 @@ def test_which_hf_exports_carry_a_head(family, tied, head):
     config = tiny_config(family, tie_word_embeddings=tied)
     row = targets.exported(targets.find("hf"), families.family_of(config), families.dims_of(config))
     assert ("lm_head.weight" in [name for name, _, _ in row]) is head
+
+
+def test_a_run_whose_export_cannot_be_served_is_refused_before_training():
+    def dims(family, **changes):
+        return families.dims_of(tiny_config(family, **changes))
+
+    targets.check_run("tgi-3", dims("bloom"))
+    for name in ("tgi-3", "vllm"):
+        targets.check_run(name, dims("llama"))
+        with pytest.raises(UserError, match="export.target: %s: this run trains a head of its own" % name):
+            targets.check_run(name, dims("bloom", tie_word_embeddings=False))
+    targets.check_run("tgi-0.8", dims("bloom", tie_word_embeddings=False))
+    with pytest.raises(UserError, match="no grouped queries"):
+        targets.check_run("tgi-0.8", dims("llama", num_key_value_heads=2))
