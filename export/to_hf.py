@@ -1,7 +1,9 @@
 """Pipeline weights -> a Hugging Face folder that ``from_pretrained`` just loads, streamed one tensor at a time."""
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 
@@ -43,11 +45,10 @@ def to_hf(
     limit = parse_size(shard_size)
     source = open_source(input)
     source.check()
-    if source.manifest is not None:
-        manifest.check_hashes(source.folder, source.manifest, optimizer=False)
-    source.check_tied()
     targets.check(wanted, source.dims)
-    check_head(source, wanted)
+    if source.manifest is None:
+        source.check_tied()
+        check_head(source, wanted)
     items = export_items(source, dtype, wanted)
     main, _ = main_dtype(items)
     shards = plan(items, limit)
@@ -59,8 +60,9 @@ def to_hf(
         "dtype": SHORT[main],
         "step": step_of(source),
     }
-    with aside.output_folder(output, meter.total, overwrite) as folder:
+    with aside.output_folder(output, meter.total, overwrite) as folder, _checked(source, wanted) as check:
         for name, shard in shards:
+            check()
             _write_shard(folder / name, shard, source, meter)
         write_index(folder, shards)
         if targets.needs_bins(wanted, source.family):
@@ -72,6 +74,35 @@ def to_hf(
         card.write(folder, source, page, Path(output).name)
         aside.write_marker(folder, page)
     return dict(about, output=str(output), shards=len(shards), notes=notes, **meter.figures())
+
+
+@contextlib.contextmanager
+def _checked(source: Source, target: Target) -> Iterator[Callable[[], None]]:
+    """Read a folder with a manifest in a thread of its own, while it is written: hashes, tied copies. What is wrong is raised by
+    the function that is yielded, at the latest at the end, when the output has no name yet. Hashing takes as long as writing."""
+    if source.manifest is None:
+        yield lambda: None
+        return
+
+    layers = {name: entry for name, entry in source.manifest["files"].items() if name.endswith(".safetensors")}
+    others = {name: entry for name, entry in source.manifest["files"].items() if name not in layers}
+    manifest.check_hashes(source.folder, dict(source.manifest, files=others))
+
+    def content() -> None:
+        manifest.check_hashes(source.folder, dict(source.manifest or {}, files=layers), optimizer=False)
+        again = open_source(str(source.folder))  # a source is not shared between threads
+        again.check_tied()
+        check_head(again, target)
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(content)
+
+        def check() -> None:
+            if done.done():
+                done.result()
+
+        yield check
+        done.result()
 
 
 def check_head(source: Source, target: Target) -> None:

@@ -179,7 +179,7 @@ class ConfigReader:
         if left:
             raise UserError(
                 "%s: %s: not implemented for this family; it could change the model's arithmetic, so it is not ignored"
-                % (self.where, ", ".join(left))
+                % (self.where, ", ".join(key if key.isprintable() else repr(key) for key in left))
             )
 
 

@@ -216,4 +216,5 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _some(names: List[str]) -> str:
+    names = [name if name.isprintable() else repr(name) for name in names]  # one line, whatever a file calls its tensors
     return ", ".join(names[:SHOWN]) + (", ... (%d more)" % (len(names) - SHOWN) if len(names) > SHOWN else "")

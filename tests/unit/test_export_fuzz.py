@@ -76,7 +76,19 @@ def test_any_config(family, data, whole, capfd):
 @pytest.mark.parametrize("blocks", [10**9, 2**70])
 def test_a_config_with_a_billion_blocks(blocks, whole, capfd):
     config = dict(json.loads((whole / "llama" / "config.json").read_text()), num_hidden_layers=blocks)
+    assert pipedock.main(["to-hf", "--input", str(spoil(whole, "llama", "config.json", json.dumps(config).encode()) / "llama"),
+                          "--output", str(whole / "work" / "out")]) == 2  # fmt: skip
+    assert "%d blocks; a file that was damaged or forged (at most 10000)" % blocks in capfd.readouterr().err
     convert(spoil(whole, "llama", "config.json", json.dumps(config).encode()), "llama", capfd)
+
+
+def test_names_with_line_breaks_stay_on_one_line(whole, capfd):
+    config = json.loads((whole / "llama" / "config.json").read_text())
+    convert(spoil(whole, "llama", "config.json", json.dumps(dict(config, **{"a\nb": 1})).encode()), "llama", capfd)
+    content = (whole / "llama" / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    text = content[8 : 8 + length].replace(b"model.norm.weight", b"model\\nnorm.weight")
+    convert(spoil(whole, "llama", "model.safetensors", struct.pack("<Q", len(text)) + text + content[8 + length :]), "llama", capfd)
 
 
 @QUICK
