@@ -1,6 +1,7 @@
 """Blocks -> encoded blocks, in order, by several processes."""
 
 import collections
+import gc
 import multiprocessing
 import os
 import signal
@@ -76,6 +77,7 @@ def _begin(encoder: BlockEncoder, parent: int, now: Any) -> None:
     global _encoder
     _encoder = encoder
     template.fix_now(now)
+    gc.freeze()  # what came from the parent stays, and so stays shared and unlooked at
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
