@@ -56,9 +56,7 @@ def encoded(
             "a process that encodes the data was killed, perhaps because memory ran out; start again: it goes on from there"
         ) from None
     finally:
-        for _, future in waiting:
-            future.cancel()
-        executor.shutdown(wait=True)
+        executor.shutdown(wait=True)  # after the few blocks given out: Python 3.8 never ends when some of them are cancelled
 
 
 def _next(waiting: "Deque[Tuple[Block, Future[Encoded]]]") -> Tuple[Block, Encoded]:
