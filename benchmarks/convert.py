@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -116,6 +117,7 @@ def main() -> int:
     parser.add_argument("--verify", action="store_true")
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was made is removed
     work = Path(tempfile.mkdtemp(prefix="convert-", dir=args.dir))
     try:
         rows = bench(work, args)

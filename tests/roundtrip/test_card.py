@@ -87,6 +87,20 @@ def test_a_card_without_a_run_or_a_base(tmp_path):
     assert verify(str(tmp_path / "c"), str(tmp_path / "x"))["holds"] and not (tmp_path / "x" / "README.md").exists()
 
 
+def test_weights_of_an_export_are_known_without_their_page(tmp_path):
+    """The mark is in every shard's header; whoever writes the weights anew makes a model of his own."""
+    from transformers import AutoModelForCausalLM
+
+    make_checkpoint(tmp_path / "c", tiny_config("llama"))
+    to_hf(str(tmp_path / "c"), str(tmp_path / "x"), shard_size="100KB")
+    (tmp_path / "x" / "pipedock-export.json").unlink()
+    assert "is an export of pipedock without a proof" in proofs.objection(tmp_path / "x")
+    AutoModelForCausalLM.from_pretrained(str(tmp_path / "x")).save_pretrained(str(tmp_path / "own"))
+    assert proofs.objection(tmp_path / "own") is None
+    for path in (tmp_path / "x").glob("*.safetensors"):
+        assert proofs._marked(path)
+
+
 @pytest.mark.parametrize("spoilt", ["resolved/run.yaml", "data/train.json", "metrics.jsonl"])
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[1, 2]", b"{", b"", b'"text"\n'], ids=["bytes", "list", "cut", "empty", "text"])
 def test_what_a_card_is_made_of_may_be_damaged(spoilt, content, run, tmp_path):
