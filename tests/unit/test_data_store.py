@@ -338,12 +338,12 @@ def test_auto_keeps_what_is_worth_it_under_the_users_cache(tmp_path, codec, monk
     assert not (tmp_path / "x").exists(), "a small file"
     monkeypatch.setattr(cache, "SMALL", 100)
     monkeypatch.setattr(pool, "cores", lambda: 0)
-    key = encode(path, codec, tmp_path / "b", cache="auto")["key"]
+    key = encode(path, codec, tmp_path / "c", cache="auto")["key"]
     assert (tmp_path / "x" / "pipedock" / "data" / key / "ids.npy").exists()
     (tmp_path / "in the way").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "in the way"))
     said = []
-    encode(path, codec, tmp_path / "c", cache="auto", say=said.append)
+    encode(path, codec, tmp_path / "e", cache="auto", say=said.append)
     assert said == ["%s/pipedock/data: Not a directory; the encoded data is not kept there" % (tmp_path / "in the way")]
     with pytest.raises(UserError) as error:
         encode(path, codec, tmp_path / "d", cache=str(tmp_path / "in the way" / "x"))
