@@ -5,6 +5,7 @@ A verb module has ``HELP`` (one line), ``add(parser)``, ``run(args) -> document 
 
 import argparse
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -64,6 +65,11 @@ def parser() -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def answer_stream() -> Iterator[TextIO]:
     """The real stdout, for the answer alone: libraries (DeepSpeed first) write there too, and go to stderr meanwhile."""
+    if sys.stdout is None or sys.stderr is None:  # closed by the caller: nobody wants what goes there
+        for missing in [number for number in range(3) if not _is_open(number)]:
+            os.dup2(os.open(os.devnull, os.O_RDWR), missing)
+        sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)
+        sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)
     sys.stdout.flush()
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -73,8 +79,16 @@ def answer_stream() -> Iterator[TextIO]:
     finally:
         sys.stdout.flush()
         os.dup2(answer.fileno(), 1)
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             answer.close()
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -90,6 +104,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader (head, less) has gone
         return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        print("pipedock %s: the answer cannot be written: %s" % (args.verb, error.strerror), file=sys.stderr)
+        return 1
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         document, code = args.module.run(args), 0
     except (UserError, RunFailed) as error:
-        print("pipedock %s: %s" % (args.verb, error), file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print("pipedock %s: %s" % (args.verb, error), file=sys.stderr)
         code = 2 if isinstance(error, UserError) else 1
         document = dict(getattr(error, "document", {}), error=str(error)) if args.json else None
     if document is not None:

@@ -39,7 +39,7 @@ install() {
   local pip=("$PINNED/bin/python" -m pip install -c "$CONSTRAINTS" --progress-bar off)
   step "installing the tools that build DeepSpeed" "${pip[@]}" setuptools wheel
   step "installing torch" "$PINNED/bin/python" "$ROOT/ci/install_torch.py" "$CONSTRAINTS"
-  step "installing pipedock and its libraries" "${pip[@]}" -e "${ROOT}[train,test,parquet,json5]" lion-pytorch
+  step "installing pipedock and its libraries" "${pip[@]}" -e "${ROOT}[train,test,parquet,json5]"
   identity >"$STAMP"
 }
 

@@ -156,20 +156,23 @@ def _check_optim(config: RunConfig, where: str) -> None:
     if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
         raise UserError("%s: optim.betas: expected two numbers in [0, 1), got %s" % (where, optim.betas))
     limits = (
-        ("lr", 0 < optim.lr < INFINITE), ("eps", 0 < optim.eps < INFINITE), ("clip", 0 <= optim.clip < INFINITE),
-        ("weight_decay", 0 <= optim.weight_decay < INFINITE), ("warmup", optim.warmup >= 0), ("floor", 0 <= optim.floor <= 1),
+        ("lr", 0 < optim.lr < INFINITE, "above 0"), ("eps", 0 < optim.eps < INFINITE, "above 0"),
+        ("clip", 0 <= optim.clip < INFINITE, "0 (off) or more"), ("weight_decay", 0 <= optim.weight_decay < INFINITE, "0 or more"),
+        ("warmup", optim.warmup >= 0, "0 or more steps"), ("floor", 0 <= optim.floor <= 1, "0 to 1"),
     )  # fmt: skip
-    for key, fine in limits:
+    for key, fine, allowed in limits:
         if not fine:  # also false for nan
-            raise UserError("%s: optim.%s: %s is out of range" % (where, key, getattr(optim, key)))
+            raise UserError("%s: optim.%s: %s is out of range (%s)" % (where, key, getattr(optim, key), allowed))
     scale = optim.loss_scale
     scale_limits = (
-        ("initial", scale.min <= scale.initial <= 2**32), ("window", scale.window >= 1), ("hysteresis", scale.hysteresis >= 1),
-        ("min", 0 < scale.min < INFINITE), ("max_overflows", scale.max_overflows >= 1),
+        ("min", 0 < scale.min < INFINITE, "above 0"),
+        ("initial", scale.min <= scale.initial <= 2**32, "optim.loss_scale.min, which is %g, to 2^32" % scale.min),
+        ("window", scale.window >= 1, "1 or more"), ("hysteresis", scale.hysteresis >= 1, "1 or more"),
+        ("max_overflows", scale.max_overflows >= 1, "1 or more"),
     )  # fmt: skip
-    for key, fine in scale_limits:
+    for key, fine, allowed in scale_limits:
         if not fine:
-            raise UserError("%s: optim.loss_scale.%s: %s is out of range" % (where, key, getattr(scale, key)))
+            raise UserError("%s: optim.loss_scale.%s: %s is out of range (%s)" % (where, key, getattr(scale, key), allowed))
 
 
 def _apply_set(raw: Dict[str, Any], item: str) -> None:

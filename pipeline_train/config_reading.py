@@ -13,11 +13,24 @@ class NotYaml(ValueError):
     """The text is not YAML; the message is one line."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice in one mapping, where PyYAML silently takes the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name in seen:
+                raise yaml.constructor.ConstructorError(None, None, 'the key "%s" is given twice' % name, key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(text: str) -> Any:
-    """yaml.safe_load whose every complaint is NotYaml: PyYAML lets its constructors' errors through (bad dates, "!!int x",
-    thousands of digits or brackets)."""
+    """YAML with safe constructors only, whose every complaint is NotYaml: PyYAML lets its constructors' errors through (bad dates,
+    "!!int x", thousands of digits or brackets)."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except RecursionError:
         raise NotYaml("nested too deeply") from None
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:

@@ -3,6 +3,7 @@
 SIGTERM: save and stop. SIGUSR1: save and go on. Ctrl-C, or any second signal: end now; what was saved is kept.
 """
 
+import errno
 import json
 import os
 import selectors
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from .errors import RunFailed
+from .errors import RunFailed, UserError
 from .prepare import Prepared
 from .pulse import FAILED, SHARED, Board
 from .watch import Watch
@@ -84,7 +85,8 @@ class Ranks:
         os.set_blocking(self.progress, False)
         try:
             for rank in range(self.world):
-                self._error_file(rank).unlink() if self._error_file(rank).exists() else None
+                if self._error_file(rank).exists():
+                    self._error_file(rank).unlink()
                 env = dict(self.env, RANK=str(rank), LOCAL_RANK=str(rank))
                 env.update({PROGRESS: str(writing), SHARED: str(self.board.fd)})
                 keep = (self.board.fd, writing) if rank == 0 else (self.board.fd,)
@@ -93,6 +95,12 @@ class Ranks:
                         self.command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=keep
                     )
                 self.processes.append(process)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.ENOMEM):
+                raise RunFailed(
+                    "rank %d cannot be started: %s (a limit on processes or memory?)" % (rank, error.strerror)
+                ) from None
+            raise UserError("run.out: %s: cannot be written: %s" % (error.filename or self.logs, error.strerror)) from None
         finally:
             os.close(writing)
 
@@ -145,12 +153,14 @@ class Ranks:
             raise RunFailed("%s. Logs: %s%s" % (trouble, self.logs / "rank_*.log", self._dump_stacks()))
 
     def _dump_stacks(self) -> str:
-        """Let every rank that is left write its stacks, also one that somebody has stopped; -> where they are."""
+        """Let every rank that is left write its stacks; -> where they are. One that somebody has stopped cannot, and is not woken:
+        the run would go on for that moment."""
         left = [rank for rank in self._left() if self.board.sign(rank).beats]
         for rank in left:  # a rank listens before its first beat
             self.processes[rank].send_signal(signal.SIGUSR2)
-            self.processes[rank].send_signal(signal.SIGCONT)
         time.sleep(DUMP_S if left else 0.0)
+        sizes = {path.name: path.stat().st_size for path in self.logs.glob("rank_*.stacks")}
+        left = [rank for rank in left if sizes.get("rank_%d.stacks" % rank)]
         return ", stacks of %s: %s" % (_ranks(left), self.logs / "rank_*.stacks") if left else ""
 
     def _log_file(self, rank: int) -> Path:
@@ -202,7 +212,8 @@ class Ranks:
             hint = " (out of memory? the kernel's log says)" if -code == signal.SIGKILL else ""
             return 0, rank, "was killed by %s%s" % (name, hint)
         error = self._error_file(rank)
-        line = error.read_text(encoding="utf-8").strip() if error.exists() else "ended with exit code %s" % code
+        line = error.read_text(encoding="utf-8", errors="replace").strip() if error.is_file() else ""
+        line = line or self.board.sign(rank).error or "ended with exit code %s" % code
         return (2 if any(echo in line for echo in ECHOES) else 1), rank, line
 
 

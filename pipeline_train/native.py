@@ -21,6 +21,11 @@ def without_cpu_adam() -> Optional[str]:
     return None
 
 
+def without_lion() -> Optional[str]:
+    """Why there is no Lion, or None."""
+    return None if importlib.util.find_spec("lion_pytorch") else "the package lion-pytorch is not installed"
+
+
 def without_triton(gpus: int) -> Optional[str]:
     """Why Lion's Triton kernel cannot run (Triton compiles its launcher with a C compiler), or None."""
     if not gpus:

@@ -2,6 +2,7 @@
 
     header            stop, saves                   int64 each: "save and stop" (0 or 1), how often a save has been wished
     one row per rank  beats, ticks, steps, doing    int64 x 3 and 40 bytes of text
+                      error                         400 bytes of text: why it failed, also where no file can be written
 
 ``beats`` come from a thread of their own: a process that is frozen has none. ``ticks`` come from the thread that trains, with
 what it is ``doing``: one that waits for ever has none. Rows are written by their rank only; a torn text does no harm.
@@ -15,7 +16,8 @@ import threading
 from typing import NamedTuple, Tuple
 
 HEADER = struct.Struct("qq")
-ROW = struct.Struct("qqq40s")
+ROW = struct.Struct("qqq40s400s")
+ERROR = ROW.size - 400  # where it begins
 INT = struct.Struct("q")
 BEAT_S = 0.5
 SHARED = "PIPEDOCK_PULSE"  # file descriptor of the page
@@ -29,6 +31,7 @@ class Sign(NamedTuple):
     ticks: int
     steps: int
     doing: str
+    error: str = ""
 
 
 class Board:
@@ -61,8 +64,9 @@ class Board:
         INT.pack_into(self.page, INT.size, self.wishes()[1] + 1)
 
     def sign(self, rank: int) -> Sign:
-        beats, ticks, steps, doing = ROW.unpack_from(self.page, HEADER.size + rank * ROW.size)
-        return Sign(beats, ticks, steps, doing.rstrip(b"\0").decode("utf-8", "replace"))
+        beats, ticks, steps, *texts = ROW.unpack_from(self.page, HEADER.size + rank * ROW.size)
+        doing, error = (text.rstrip(b"\0").decode("utf-8", "replace") for text in texts)
+        return Sign(beats, ticks, steps, doing, error)
 
 
 class Pulse:
@@ -83,6 +87,11 @@ class Pulse:
         """The training thread goes on, with this."""
         self.ticks += 1
         struct.pack_into("qq40s", self.board.page, self.place + INT.size, self.ticks, self.steps, doing.encode()[:40])
+
+    def fail(self, error: str) -> None:
+        """This rank has failed and waits for the launcher to end everything."""
+        struct.pack_into("400s", self.board.page, self.place + ERROR, error.encode("utf-8", "replace")[:400])
+        self.tick(FAILED)
 
     def step_done(self, number: int) -> None:
         self.steps = number

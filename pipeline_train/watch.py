@@ -13,6 +13,7 @@ PATIENCE_S = 600.0  # between two signs where one thing may honestly take long: 
 COMPARING = "comparing with transformers"  # selftest
 PATIENT = ("starting", "joining the other ranks", "building its stage", "loading", "saving", "reading the step's rows", COMPARING)
 SLACK = 5.0  # an honest pause is at most this many times the longest one so far
+FIRST_S = 45.0  # from its start to a rank's first heartbeat, which comes before anything that takes long
 PAUSED_S = 5.0  # a launcher that was itself not running for so long (Ctrl-Z, a laptop asleep) has seen nothing
 
 
@@ -45,7 +46,7 @@ class Watch:
     def _frozen(self, signs: List[Sign], now: float) -> Optional[str]:
         for rank, sign in enumerate(signs):
             silent = now - self.beats[rank][1]
-            if silent > (self.hang_s if sign.beats else PATIENCE_S):
+            if silent > (self.hang_s if sign.beats else max(self.hang_s, FIRST_S)):
                 return "rank %d has stopped answering: no sign of life for %d s. %s" % (rank, silent, _all(signs))
         return None
 

@@ -5,6 +5,7 @@ one line to OUT/logs/rank_<RANK>.error, with its traceback on stderr, which is O
 """
 
 import argparse
+import contextlib
 import ctypes
 import faulthandler
 import json
@@ -17,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any, Dict
 
-from .pulse import FAILED, Pulse
+from .pulse import Pulse
 
 PARENT = "PIPEDOCK_PARENT"  # process id of the launcher
 PROGRESS = "PIPEDOCK_PROGRESS"  # file descriptor that rank 0 writes progress to, one JSON object per line
@@ -60,9 +61,10 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - the process boundary: whatever it was, the launcher shows its one line
         traceback.print_exc()
         line = " ".join(str(error).split()) or type(error).__name__
-        (args.out / "logs" / ("rank_%d.error" % rank)).write_text(line[:1000] + "\n", encoding="utf-8")
-        sys.stderr.flush()
-        pulse.tick(FAILED)
+        pulse.fail(line)
+        with contextlib.suppress(OSError):  # a full disk; the launcher has the line already, if a little shorter
+            (args.out / "logs" / ("rank_%d.error" % rank)).write_text(line[:1000] + "\n", encoding="utf-8")
+            sys.stderr.flush()
         time.sleep(HOLD_S)  # leaving now would break the others' connections: they could not show any more where they were
         os._exit(1)  # not sys.exit: a communication thread may wait for a rank that is gone
     if rank == 0:

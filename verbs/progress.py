@@ -6,6 +6,7 @@ Messages come from rank 0 through the launcher (keys that are missing are not sh
 {"say": text}                                                             something the user should know
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -159,4 +160,6 @@ def clock(seconds: float) -> str:
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr)
+    """To stderr; whoever read it may have gone (``| head``), which ends no training."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)

@@ -14,9 +14,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     from pipeline_train import report
+    from pipeline_train.errors import UserError
 
-    path = report.write(Path(args.run), Path(args.output) if args.output else None)
-    return {"report": str(path), "bytes": path.stat().st_size}
+    output = Path(args.output) if args.output else None
+    try:
+        if output is not None and output.exists() and not output.is_file():
+            raise UserError("--output: %s: is no file" % output)  # a device or a folder would be replaced by one
+        path = report.write(Path(args.run), output)
+        return {"report": str(path), "bytes": path.stat().st_size}
+    except OSError as error:
+        raise UserError("%.200s: %s" % (error.filename or args.run, error.strerror)) from None
 
 
 def text(document: Dict[str, Any]) -> str:

@@ -1,8 +1,10 @@
 """``pipedock train``: pipeline training from a run.yaml."""
 
 import argparse
+import contextlib
+import signal
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterator, Optional
 
 from . import self_test
 from .progress import Progress, say
@@ -43,7 +45,25 @@ def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
         import msgspec
 
         return {"config": msgspec.to_builtins(loaded)}
-    return _train(loaded, args)
+    with _nothing_to_save():
+        return _train(loaded, args)
+
+
+@contextlib.contextmanager
+def _nothing_to_save() -> Iterator[None]:
+    """Before and after the ranks' lifetime there is nothing to save: SIGUSR1 is ignored, by the ranks too until they listen,
+    and SIGTERM ends the command with a line of its own."""
+    from pipeline_train.errors import RunFailed
+
+    def stopped(number: int, frame: Any) -> None:
+        raise RunFailed("stopped by SIGTERM")
+
+    before = [(n, signal.signal(n, handler)) for n, handler in ((signal.SIGUSR1, signal.SIG_IGN), (signal.SIGTERM, stopped))]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:

@@ -117,6 +117,9 @@ def test_files_and_overrides(tmp_path):
         with pytest.raises(UserError, match="run.yaml: not valid YAML") as error:
             config.load(path)
         assert "\n" not in str(error.value)
+    path.write_text("parallel: {pipe: 2}\nrun: {}\nparallel: {pipe: 1}\n")
+    with pytest.raises(UserError, match='run.yaml: not valid YAML: the key "parallel" is given twice .* line 3'):
+        config.load(path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read"):
         config.load(path)

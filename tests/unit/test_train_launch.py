@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline_train import launch
-from pipeline_train.errors import RunFailed
+from pipeline_train.errors import RunFailed, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = """
@@ -146,3 +146,18 @@ def test_the_ranks_end_when_the_launcher_is_killed(tmp_path):
     while any(alive(pid) for pid, _ in found) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not [pid for pid, _ in found if alive(pid)]
+
+
+def test_an_error_that_could_not_be_written_is_told_all_the_same(tmp_path):
+    """A full disk: the line comes through the shared page."""
+    body = "sys.path.insert(0, %r)\nfrom pipeline_train.pulse import Pulse\n" % str(ROOT)
+    body += "Pulse.inherited().fail('no space left'); open(logs + '/rank_0.error', 'w').close(); time.sleep(60)"
+    message, seconds = run(tmp_path, body, world=1)
+    assert message == "rank 0: no space left. Log: %s" % (tmp_path / "rank_0.log") and seconds < 30
+
+
+def test_a_logs_folder_that_cannot_be_used_is_one_line(tmp_path):
+    (tmp_path / "rank_1.log").mkdir()
+    with pytest.raises(UserError) as error:
+        run(tmp_path, "time.sleep(60)")
+    assert str(error.value) == "run.out: %s: cannot be written: Is a directory" % (tmp_path / "rank_1.log")

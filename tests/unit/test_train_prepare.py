@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from pipeline_train import checkpoint_folder, compat, config, host, manifest, plan, prepare  # noqa: E402
+from pipeline_train import checkpoint_folder, compat, config, host, manifest, native, plan, prepare  # noqa: E402
 from pipeline_train.data import template  # noqa: E402
 from pipeline_train.errors import UserError  # noqa: E402
 from tests.models import computed, make_hf, tiny_config  # noqa: E402
@@ -442,3 +442,8 @@ def test_a_template_that_writes_the_date_keeps_the_first_starts_at_a_resume(star
     start(data=data)
     assert json.loads((start.out / "resolved" / "data.json").read_text())["now"] == "2024-05-02T23:59:58"
     template.fix_now(None)
+
+
+def test_lion_without_its_package_is_refused_before_anything_starts(start, monkeypatch):
+    monkeypatch.setattr(native, "without_lion", lambda: "the package lion-pytorch is not installed")
+    refused(start, "optim.type: the package lion-pytorch is not installed; install it, or use adamw", optim={"type": "lion"})
