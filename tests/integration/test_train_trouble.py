@@ -155,6 +155,20 @@ def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_stops(small):
         assert a == b, name
 
 
+def test_signals_before_the_ranks_run_find_nothing_to_save(small):
+    run = start(small, small / "early")
+    try:
+        assert any(" records, " in line for line in run.stderr)  # reads up to that line
+        run.send_signal(signal.SIGUSR1)
+        time.sleep(0.3)
+        assert run.poll() is None
+        run.send_signal(signal.SIGTERM)
+        error = run.communicate(timeout=60)[1]
+    finally:
+        run.kill()
+    assert run.returncode == 1 and error.strip().splitlines()[-1] == "pipedock train: stopped by SIGTERM"
+
+
 def faulty(small, monkeypatch, fault, hang_s=10):
     """A real run with one fault planted; -> (the line the user gets, the logs folder). No process of it is left."""
     monkeypatch.setenv("FAULT", fault)

@@ -106,3 +106,31 @@ def test_json_is_one_document_on_failure_too(monkeypatch, capfd, error, code, do
 
 def test_version():
     assert call("--version").stdout.startswith("pipedock ")
+
+
+def test_closed_and_full_outputs_are_no_traceback(tmp_path):
+    """``>&-`` and a full disk behind stdout."""
+    from tests.models import tiny_config
+
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("llama")))
+    command = "%s %s plan --model %s --gpu h100 --seq-len 64" % (*RUN, tmp_path / "config.json")
+    closed = subprocess.run(["bash", "-c", command + " >&-"], stderr=subprocess.PIPE, text=True)
+    assert (closed.returncode, closed.stderr) == (0, "")
+    full = subprocess.run(["bash", "-c", command + " >/dev/full"], stderr=subprocess.PIPE, text=True)
+    assert full.returncode == 1
+    assert full.stderr == "pipedock plan: the answer cannot be written: No space left on device\n"
+
+
+def test_a_report_replaces_no_device_and_takes_no_endless_name(tmp_path):
+    done = call("report", "--run", str(tmp_path), "--output", "/dev/null")
+    assert done.returncode == 2 and done.stderr == "pipedock report: --output: /dev/null: is no file\n"
+    done = call("report", "--run", "x" * 5000)
+    assert done.returncode == 2 and done.stderr.endswith("x: File name too long\n") and done.stderr.count("\n") == 1
+
+
+def test_a_message_that_nobody_reads_ends_nothing():
+    """``train 2>&1 | head -1``: the reader has gone, the work goes on."""
+    code = "import sys; from verbs.progress import say\nfor _ in range(3000): say('x' * 100)\nprint('done')"
+    done = subprocess.run(["bash", "-c", "%s -c \"$CODE\" 2> >(head -1 >/dev/null)" % sys.executable], cwd=str(ROOT),
+                          env=dict(os.environ, CODE=code), stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert done.returncode == 0 and done.stdout == "done\n"
