@@ -1,5 +1,6 @@
-"""What this machine still has to give. Standard library only."""
+"""What this machine still has to give, and where its user keeps things. Standard library only."""
 
+import os
 from pathlib import Path
 from typing import Dict, Optional
 
@@ -38,6 +39,13 @@ def _table(path: Path) -> Dict[str, int]:
     except (OSError, ValueError):
         return {}
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
+
+
+def cache_folder() -> Optional[Path]:
+    """pipedock's own in $XDG_CACHE_HOME or ~/.cache; None where no home is known: no HOME, and a user without a passwd entry."""
+    named = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    path = os.path.expanduser(named)
+    return None if path.startswith("~") else Path(path) / "pipedock"
 
 
 def size(nbytes: int) -> str:

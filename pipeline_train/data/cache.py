@@ -12,8 +12,9 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import IO, Callable, Iterator, Optional, Union
+from typing import IO, Callable, Iterator, List, Optional, Tuple, Union
 
+from .. import host
 from ..errors import UserError
 
 Say = Callable[[str], None]
@@ -24,14 +25,17 @@ MOST_S = 30 * 86400.0  # seconds since it was used last
 DONE = "facts.json"
 
 
-def root_of(setting: Union[bool, str], size: int) -> Optional[Path]:
+def root_of(setting: Union[bool, str], size: int, say: Optional[Say] = None) -> Optional[Path]:
     """Where data of ``size`` bytes is kept, for ``data.cache``: auto, off, or a folder. None: nowhere."""
     auto = setting in ("auto", True)
     if setting in ("off", False) or (auto and size < SMALL):
         return None
     if not auto:
         return Path(str(setting))
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "pipedock" / "data"
+    folder = host.cache_folder()
+    if folder is None and say is not None:
+        say("no home folder is known (set HOME, XDG_CACHE_HOME or data.cache); the encoded data is not kept for other runs")
+    return folder / "data" if folder is not None else None
 
 
 def usable(root: Path, setting: Union[bool, str], say: Optional[Say] = None) -> bool:
@@ -79,6 +83,25 @@ def _lock(path: Path, wait: Optional[Callable[[], None]] = None) -> Optional[IO[
         file.close()  # removed by the one we waited for
 
 
+def begun(part: Path) -> None:
+    """The folder of what is in the making, with files only: what stands there otherwise is not ours, and goes."""
+    if part.is_symlink() or not part.is_dir():
+        remove(part)
+    part.mkdir(exist_ok=True)
+    for path in part.iterdir():
+        if path.is_symlink() or not path.is_file():
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """A folder with all in it, or a file; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(str(path))
+        return
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+
+
 def place(entry: Path, folder: Path, prefix: str, move: bool) -> None:
     """The arrays of an entry under <folder>/<prefix>.<name>: moved, or linked, or copied where no link can be made."""
     for path in sorted(entry.glob("*.npy")):
@@ -97,21 +120,34 @@ def place(entry: Path, folder: Path, prefix: str, move: bool) -> None:
 
 
 def prune(root: Path, key: str) -> None:
-    """Remove what was not used for long, and the least lately used of more than MOST_BYTES; never ``key``."""
-    found = []
-    for path in root.glob("*.lock"):
-        folders = [folder for folder in (path.with_suffix(""), path.with_suffix(".part")) if folder.is_dir()]
-        size = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
-        found.append((max([folder.stat().st_mtime for folder in folders] or [path.stat().st_mtime]), size, path, folders))
+    """Remove what was not used for long, and the least lately used of more than MOST_BYTES; never ``key``. What another process
+    moves or removes meanwhile, or what cannot be removed, is left for the next time."""
+    found: List[Tuple[float, int, Path]] = []
+    with contextlib.suppress(OSError):
+        for path in sorted(root.glob("*.lock")):
+            with contextlib.suppress(OSError):
+                found.append(_measured(path))
     total = 0
-    for used, size, path, folders in sorted(found, reverse=True, key=lambda one: one[0]):
+    for used, size, path in sorted(found, reverse=True):
         total += size
         if path.stem == key or (total <= MOST_BYTES and time.time() - used <= MOST_S):
             continue
-        file = _lock(path)
-        if file is not None:
-            for folder in folders:
-                shutil.rmtree(str(folder), ignore_errors=True)
-            path.unlink()
-            file.close()
-            total -= size
+        with contextlib.suppress(OSError):
+            file = _lock(path)
+            if file is not None:
+                with file:
+                    for folder in _folders(path):
+                        remove(folder)
+                    path.unlink()
+                total -= size
+
+
+def _folders(lock: Path) -> List[Path]:
+    return [path for path in (lock.with_suffix(""), lock.with_suffix(".part")) if os.path.lexists(str(path))]
+
+
+def _measured(lock: Path) -> Tuple[float, int, Path]:
+    """(when it was used last, bytes, ``lock``)"""
+    folders = _folders(lock)
+    files = [file for folder in folders for file in (folder.iterdir() if folder.is_dir() else (folder,))]
+    return max(path.lstat().st_mtime for path in folders or [lock]), sum(file.lstat().st_size for file in files), lock

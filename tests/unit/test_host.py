@@ -1,8 +1,12 @@
-"""How much memory is left, by the kernel's and by a container's account."""
+"""How much memory is left, by the kernel's and by a container's account; where a user keeps things."""
+
+import os
+import pwd
+from pathlib import Path
 
 import pytest
 
-from pipeline_train import host
+from pipeline_train import host, selftest_run
 
 GIB = 2**30
 
@@ -55,3 +59,34 @@ def test_this_machine_has_some():
 @pytest.mark.parametrize("nbytes, text", [(3 * 2**29, "1.50 GiB"), (2**25, "0.03 GiB"), (3 * 2**19, "1.50 MiB"), (0, "0.00 MiB")])
 def test_sizes_are_said_in_a_unit_that_shows_them(nbytes, text):
     assert host.size(nbytes) == text
+
+
+def nobody(uid):
+    raise KeyError(uid)
+
+
+def test_where_a_users_caches_are(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert host.cache_folder() == Path("/home/x/.cache/pipedock")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/c")
+    assert host.cache_folder() == Path("/c/pipedock")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert host.cache_folder() == Path("/c/pipedock")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert host.cache_folder() is None
+
+
+def test_a_self_test_without_a_home_is_not_recorded_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    said = []
+    selftest_run._record({"ok": True, "key": "k"}, said.append)
+    assert said == [
+        "self-test: passed, but that cannot be recorded: no home folder is known (set HOME or XDG_CACHE_HOME); the next train "
+        "tests again"
+    ]
+    assert selftest_run.recorded("k") is None and os.listdir(str(tmp_path)) == []
