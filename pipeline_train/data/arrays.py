@@ -25,7 +25,8 @@ class GrowingArray:
     def read(self, rows: int) -> np.ndarray:
         """The next rows of an unfinished file; fewer when it ends before."""
         size = self.dtype.itemsize * (self.columns or 1)
-        raw = self.file.read(rows * size)
+        left = os.fstat(self.file.fileno()).st_size - self.file.tell()
+        raw = self.file.read(max(0, min(rows * size, left)))
         return self._shaped(np.frombuffer(raw[: len(raw) // size * size], self.dtype))
 
     def keep(self, rows: int) -> None:
@@ -57,6 +58,12 @@ def load(path: Path) -> np.ndarray:
     """Mapped, not read. An empty file cannot be mapped."""
     rows: List[Any] = np.load(str(path), mmap_mode="r")
     return rows  # type: ignore[return-value]
+
+
+def head(path: Path) -> bytes:
+    """What stands before the rows."""
+    with path.open("rb") as file:
+        return file.read(os.path.getsize(str(path)) - load(path).nbytes)
 
 
 def pieces(path: Path) -> Iterator[np.ndarray]:

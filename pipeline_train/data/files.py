@@ -37,6 +37,8 @@ def blocks(path: Path) -> Iterator[Block]:
         raise UserError("%s: is a folder; name one file of it" % path)
     if not path.exists():
         raise UserError("%s: no such file" % path)
+    if not path.is_file():  # opening a pipe would wait for a writer
+        raise UserError("%s: is not a regular file; write the data into one" % path)
     if reader is None:
         raise UserError("%s: cannot tell its format; name it %s" % (path, ", ".join(readers)))
     try:

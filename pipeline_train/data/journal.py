@@ -5,7 +5,7 @@ import hashlib
 import json
 import zlib
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from .totals import Totals
 
 class Journal:
     """``folder`` holds ids, learn and offsets (see feed) and ``journal``: a JSON line of the block size, then one for each block:
-    its rows in the three files, their checksum, its counts. Each is written behind what it tells of."""
+    its rows in the three files, its counts, and a checksum of both. Each is written behind what it tells of."""
 
     def __init__(self, folder: Path, totals: Totals) -> None:
         self.folder, self.totals = folder, totals
@@ -40,12 +40,11 @@ class Journal:
         true = [head]
         rows = [0, 0, 0]
         for line in lines[1:] if lines[:1] == [head] else []:
-            try:
-                told = json.loads(line)
-            except ValueError:
-                break  # torn
+            told = _read(line)
+            if told is None:
+                break  # torn, or damaged
             some = [array.read(n) for array, n in zip(self.arrays.values(), told["rows"])]
-            if _checksum(some) != told["checksum"] or not line.endswith(b"\n"):
+            if _checksum(some, told.get("counts"), told.get("shown")) != told.get("checksum"):
                 break
             self._count(some, told["counts"], told["shown"])
             rows = [before + len(more) for before, more in zip(rows, some)]
@@ -60,7 +59,8 @@ class Journal:
         for array, rows in zip(self.arrays.values(), some):
             array.append(rows)
             array.file.flush()
-        told = {"rows": [len(a) for a in some], "checksum": _checksum(some), "counts": part.counts, "shown": part.shown}
+        checksum = _checksum(some, part.counts, part.shown)
+        told = {"rows": [len(a) for a in some], "checksum": checksum, "counts": part.counts, "shown": part.shown}
         self.file.write(_line(told))
         self.file.flush()
         self._count(some, part.counts, part.shown)
@@ -87,8 +87,19 @@ def _line(told: Dict[str, Any]) -> bytes:
     return (json.dumps(told) + "\n").encode("ascii")
 
 
-def _checksum(some: List[np.ndarray]) -> int:
-    found = 0
+def _read(line: bytes) -> Optional[Dict[str, Any]]:
+    """A block's line with rows that can be read; whether the rest of it is true, its checksum tells."""
+    try:
+        told = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    rows = told.get("rows") if isinstance(told, dict) else None
+    right = isinstance(rows, list) and len(rows) == 3 and all(type(number) is int and number >= 0 for number in rows)
+    return told if right else None
+
+
+def _checksum(some: List[np.ndarray], counts: Any, shown: Any) -> int:
+    found = zlib.crc32(json.dumps([counts, shown], sort_keys=True).encode("ascii"))
     for rows in some:
         found = zlib.crc32(rows.tobytes(), found)
     return found

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config import RunConfig
 from ..errors import UserError
-from . import arrays, cache, files, packing, pool
+from . import arrays, cache, files, packing, pool, totals
 from .block_encoder import BlockEncoder
 from .encode import TextCodec
 from .journal import Journal
@@ -39,16 +39,16 @@ class Work:
     def known(self, folder: Path, which: str) -> Optional[Dict[str, Any]]:
         """The facts of what an earlier start has left in ``folder``."""
         self.key = self._key()
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            found = json.loads((folder / (which + ".json")).read_text(encoding="utf-8"))
-            if found["key"] == self.key and self._whole(folder, which + ".", found["facts"]):
-                return dict(found["facts"])
+        with contextlib.suppress(OSError):
+            facts = totals.unsealed((folder / (which + ".json")).read_bytes(), self.key, "facts")
+            if facts is not None and self._whole(folder, which + ".", facts):
+                return facts
         return None
 
     def made(self, folder: Path, which: str) -> Dict[str, Any]:
         """From the cache, or into it and from there; without one, by way of a folder beside the target."""
         aside = folder / (which + ".encoding")
-        root = cache.root_of(self.data.cache, self.size)
+        root = cache.root_of(self.data.cache, self.size, self.say)
         kept = root is not None and cache.usable(root, self.data.cache, self.say)
         self.place = root if root is not None and kept else aside
         self.place.mkdir(exist_ok=True)
@@ -87,40 +87,46 @@ class Work:
         return _digest([found.hexdigest(), self.codec.fingerprint()] + rules)[:32]
 
     def _whole(self, folder: Path, prefix: str, facts: Dict[str, Any]) -> bool:
-        """Whether the arrays are those that were written."""
+        """Whether the arrays are those that were written, to the last byte."""
         names = {name: folder / ("%s%s.npy" % (prefix, name)) for name in facts["sha256"]}
         try:
             self.progress.start("checking", sum(os.path.getsize(str(path)) for path in names.values()))
             done = 0
             for name, path in names.items():
                 found = hashlib.sha256()
-                for piece in arrays.pieces(path):
-                    found.update(piece.tobytes())
-                    done += piece.nbytes
-                    self.progress.at(done)
+                head = facts["heads"][name].encode("latin-1")
+                with path.open("rb") as file:
+                    if file.read(len(head)) != head:
+                        return False
+                    while True:
+                        piece = file.read(PIECE)
+                        if not piece:
+                            break
+                        found.update(piece)
+                        done += len(piece)
+                        self.progress.at(done)
                 if found.hexdigest() != facts["sha256"][name]:
                     return False
-        except (OSError, ValueError):
+        except OSError:
             return False
         return True
 
     def _kept(self, entry: Path) -> Optional[Dict[str, Any]]:
-        try:
-            facts = json.loads((entry / cache.DONE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not os.path.lexists(str(entry)):
             return None
-        except ValueError:
-            facts = {"sha256": {"": ""}}
-        if self._whole(entry, "", facts):
+        facts = None
+        with contextlib.suppress(OSError):
+            facts = totals.unsealed((entry / cache.DONE).read_bytes(), self.key)
+        if facts is not None and self._whole(entry, "", facts):
             self.say("%s: was encoded before; taken from %s" % (self.name, entry))
-            return dict(facts)
+            return facts
         self.say("%s: is damaged; %s is encoded again" % (entry, self.name))
-        shutil.rmtree(str(entry))
+        cache.remove(entry)
         return None
 
     def _make(self, entry: Path) -> Dict[str, Any]:
         part = entry.with_name(entry.name + ".part")
-        part.mkdir(exist_ok=True)
+        cache.begun(part)
         found = Totals(self.seq_len, self.data.on_bad)
         journal = Journal(part, found)
         try:
@@ -135,7 +141,8 @@ class Work:
         finally:
             journal.close()
         hashes.update(_pack(part, found))
-        facts = dict(found.facts(), sha256=hashes)
+        heads = {name: arrays.head(part / (name + ".npy")).decode("latin-1") for name in hashes}
+        facts = totals.sealed(dict(found.facts(), sha256=hashes, heads=heads), self.key)
         (part / cache.DONE).write_text(json.dumps(facts), encoding="utf-8")
         journal.path.unlink()
         os.replace(str(part), str(entry))

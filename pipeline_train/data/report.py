@@ -45,13 +45,14 @@ def text(document: Dict[str, Any], colour: bool = False) -> str:
     lines = _counts(document)
     if "eval" in document:
         lines += ["", "eval"] + _counts(document["eval"])
-    lines += ["warning: %s" % line for line in document["warnings"]]
     shown = document["sample"]
     how = "in green" if colour else "between %s and %s" % (OPEN, CLOSE)
     cut = "" if shown["shown"] == shown["ids"] else ", its first %d tokens" % shown["shown"]
     lines += ["", "first sample%s (%s template), learnt %s:" % (cut, document["template"], how)]
     opening, closing = (GREEN, PLAIN) if colour else (OPEN, CLOSE)
     lines.append("".join(opening + p["text"] + closing if p["learnt"] else p["text"] for p in shown["pieces"]))
+    warnings = document.get("eval", {}).get("warnings", []) + document["warnings"]
+    lines += ["warning: %s" % line for line in dict.fromkeys(warnings)]  # last, where they are seen
     return "\n".join(lines)
 
 

@@ -1,6 +1,8 @@
 """What all blocks of a data file have given together, and what of it is said."""
 
-from typing import Any, Dict, List
+import hashlib
+import json
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 
@@ -72,6 +74,27 @@ class Totals:
                 "tokens": int((self.lengths * np.arange(self.seq_len + 1)).sum())}  # fmt: skip
 
 
+def sealed(facts: Dict[str, Any], key: str) -> Dict[str, Any]:
+    """With a hash of all of them and of what they belong to."""
+    return dict(facts, seal=_seal(facts, key))
+
+
+def unsealed(text: bytes, key: str, *inside: str) -> Optional[Dict[str, Any]]:
+    """The facts in a JSON file, ``inside`` it under these names, exactly as ``sealed`` has written them; None: anything else."""
+    try:
+        found = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    for name in inside:
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and found.get("seal") == _seal(found, key) else None
+
+
+def _seal(facts: Dict[str, Any], key: str) -> str:
+    rest = {name: value for name, value in facts.items() if name != "seal"}
+    return hashlib.sha256(json.dumps([key, rest], sort_keys=True).encode("ascii")).hexdigest()
+
+
 def document(facts: Dict[str, Any], path: str, seq_len: int, notes: List[str]) -> Dict[str, Any]:
     """What ``facts`` of a file of this name are told as: see store.prepare. ``notes`` are warnings about the tokenizer."""
     counts: Dict[str, int] = facts["counts"]
@@ -99,6 +122,12 @@ def _warnings(counts: Dict[str, int], lost: List[str], path: str, seq_len: int) 
         found.append(
             "%s: %d learnt texts hold an end token of the model in their middle; it would learn to stop there"
             % (path, counts["stops_inside"])
+        )
+    unlearnt = counts.get("nothing_to_learn", 0) + counts.get("dropped", 0)
+    if 2 * unlearnt > counts["records"]:  # the last one, which stands out
+        found.append(
+            "%s: MOST OF IT IS NOT LEARNT: nothing of %d of %d records; raise data.seq_len (%d), or see what their answers are"
+            % (path, unlearnt, counts["records"], seq_len)
         )
     return found
 

@@ -1,6 +1,8 @@
 """A data file's lines: recognised by shape, or refused with file, line, field and what was expected."""
 
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -286,3 +288,21 @@ def test_any_bytes_are_records_or_one_message(tmp_path, raw, suffix):
     with pytest.raises(UserError) as error:
         list(read(path, "fail"))
     assert str(error.value).startswith(str(path))
+
+
+def test_a_pipe_or_a_device_is_refused_at_once(tmp_path):
+    def too_long(*_):
+        raise AssertionError("it waits for a writer")
+
+    os.mkfifo(str(tmp_path / "d.jsonl"))
+    (tmp_path / "null.json").symlink_to("/dev/null")
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(20)
+    try:
+        for path in (tmp_path / "d.jsonl", tmp_path / "null.json"):
+            with pytest.raises(UserError) as error:
+                list(read(path, "fail"))
+            assert str(error.value) == "%s: is not a regular file; write the data into one" % path
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

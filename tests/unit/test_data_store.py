@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline_train import config
+from pipeline_train import config, host
 from pipeline_train.data import cache, files, making, packing, pool, progress, totals
 from pipeline_train.data.encode import TextCodec
 from pipeline_train.data.feed import Feed, prepare
@@ -316,6 +316,186 @@ def test_damaged_data_is_made_again(tmp_path, codec, small, monkeypatch):
     assert contents(tmp_path / "a") == want
 
 
+def altered(*names, **values):
+    """-> a mutation of a JSON file: {**it, **values} in the object under ``names``; None takes a key out."""
+
+    def mutate(path):
+        whole = found = json.loads(path.read_text(encoding="utf-8"))
+        for name in names:
+            found = found[name]
+        for name, value in values.items():
+            found[name] = value(found[name]) if callable(value) else value
+            if value is None:
+                del found[name]
+        path.write_text(json.dumps(whole), encoding="utf-8")
+
+    return mutate
+
+
+def holding(raw):
+    def mutate(path):
+        path.unlink()
+        path.write_bytes(raw)
+
+    return mutate
+
+
+def a_folder(path):
+    path.unlink()
+    path.mkdir()
+    (path / "x").write_text("")
+
+
+def a_pipe(path):
+    path.unlink()
+    os.mkfifo(str(path))
+
+
+def one_more(number):
+    return number + 1
+
+
+FACTS = {
+    **{text: holding(text.encode()) for text in ("", "{", "{}", "[]", "7", "null", '{"records": 5}', '{"sha256": []}', '"x"')},
+    "no text": holding(b"\xff"), "nested": holding(b"[" * 100_000), "gone": Path.unlink, "a folder": a_folder,
+    "no counts": altered(counts=None), "counts 7": altered(counts=7), "counts []": altered(counts=[]),
+    "records changed": altered("counts", records=one_more), "records as text": altered("counts", records=str),
+    "learnt gone": altered("counts", learnt_tokens=None), "samples changed": altered(samples=one_more),
+    "tokens gone": altered(tokens=None), "lengths changed": altered("lengths", max=one_more), "shown gone": altered(shown=None),
+    "shown 5": altered("shown", bad=5), "hash changed": altered("sha256", ids="0" * 64), "hash gone": altered("sha256", ids=None),
+    "head changed": altered("heads", ids="x"), "seal 5": altered(seal=5), "no seal": altered(seal=None),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def kept_once(tmp_path_factory, codec):
+    """(a data file, its document, a cache with it, a folder with it)"""
+    folder = tmp_path_factory.mktemp("once")
+    path = write(folder / "d.jsonl", records(12))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "cores", lambda: 0)
+        document = encode(path, codec, folder / "a", cache=str(folder / "kept"))
+    return path, document, folder / "kept", folder / "a"
+
+
+@pytest.mark.parametrize("mutation", FACTS.values(), ids=FACTS)
+def test_facts_that_are_not_what_was_written_are_damage(tmp_path, codec, small, kept_once, mutation):
+    path, want, kept, whole = kept_once
+    root = Path(shutil.copytree(str(kept), str(tmp_path / "kept")))
+    entry = root / want["key"]
+    mutation(entry / "facts.json")
+    said = []
+    assert encode(path, codec, tmp_path / "b", cache=str(root), say=said.append) == want
+    assert said == ["%s: is damaged; %s is encoded again" % (entry, path)] and contents(tmp_path / "b") == contents(whole)
+    assert contents(entry) == contents(kept / want["key"])
+
+
+def inside(mutate):
+    """For the facts in a run's own train.json."""
+
+    def mutation(path):
+        aside = path.with_name("facts")
+        aside.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8"))["facts"]))
+        mutate(aside)
+        altered(facts=lambda _: json.loads(aside.read_text()))(path)
+        aside.unlink()
+
+    return mutation
+
+
+OWN = {name: inside(mutate) for name, mutate in FACTS.items() if " " in name and name not in ("no text", "a folder")}
+OWN.update({name: mutate for name, mutate in FACTS.items() if name not in OWN and name != "a folder"})
+OWN.update({"facts 5": altered(facts=5), "no facts": altered(facts=None), "no key": altered(key=None),
+            "records above": altered(records=one_more)})  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", OWN.values(), ids=OWN)
+def test_a_runs_own_facts_are_believed_as_they_were_written_only(tmp_path, codec, small, kept_once, monkeypatch, mutation):
+    path, want, _, whole = kept_once
+    shutil.copytree(str(whole), str(tmp_path / "a"))
+    mutation(tmp_path / "a" / "train.json")
+    assert encode(path, codec, tmp_path / "a") == want and contents(tmp_path / "a") == contents(whole)
+
+
+@pytest.mark.parametrize("name, mutation", [
+    ("ids.npy", lambda path: path.write_bytes(path.read_bytes().replace(b"<i4", b"<f4"))),
+    ("offsets.npy", lambda path: path.write_bytes(path.read_bytes().replace(b", 3)", b", 1)"))),
+    ("starts.npy", holding(b"")), ("learn.npy", holding(b"PK\x03\x04")), ("ids.npy", a_folder), ("slots.npy", Path.unlink),
+    ("", lambda path: (shutil.rmtree(str(path)), path.write_text("a file"))),
+    ("", lambda path: (shutil.rmtree(str(path)), path.symlink_to("nowhere"))),
+    ("", lambda path: (shutil.rmtree(str(path)), path.mkdir())),
+])  # fmt: skip
+def test_an_entry_that_is_none_is_damage(tmp_path, codec, small, kept_once, name, mutation):
+    path, want, kept, whole = kept_once
+    root = Path(shutil.copytree(str(kept), str(tmp_path / "kept")))
+    shutil.rmtree(str(root / want["key"]))
+    shutil.copytree(str(kept / want["key"]), str(root / want["key"]))
+    mutation(root / want["key"] / name if name else root / want["key"])
+    said = []
+    assert encode(path, codec, tmp_path / "b", cache=str(root), say=said.append) == want
+    assert "is damaged" in said[0] and len(said) == 1 and contents(tmp_path / "b") == contents(whole)
+
+
+LINES = {
+    **{text: lambda _, text=text: text.encode() + b"\n" for text in ("5", "{}", "[]", "null", '"x"', "[" * 100_000)},
+    **{"rows %r" % (rows,): lambda told, rows=rows: dict(told, rows=rows) for rows in (
+        None, 5, [], [1, 2], [-1, 0, 0], [2**40] * 3, [10**30] * 3, [True] * 3, ["1"] * 3, [1.0] * 3, {"0": 1, "1": 1, "2": 1})},
+    "no rows": lambda told: {name: told[name] for name in ("checksum", "counts", "shown")},
+    **{"%s %r" % (name, value): lambda told, name=name, value=value: dict(told, **{name: value})
+       for name in ("checksum", "counts", "shown") for value in (None, 5, -1, "x", [], {})},
+    "counts changed": lambda told: dict(told, counts=dict(told["counts"], records=99)),
+    "counts of text": lambda told: dict(told, counts=dict(told["counts"], records="9")),
+    "counts too few": lambda told: dict(told, counts={"records": 1}),
+    "shown other": lambda told: dict(told, shown={"odd": ["x"]}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, codec):
+    """(a data file, a cache with its first 3 blocks, how many there are, the encoded files)"""
+    folder = tmp_path_factory.mktemp("begun")
+    path = write(folder / "d.jsonl", records(30))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "cores", lambda: 0)
+        patch.setattr(files, "BYTES", 1500)
+        patch.setattr(files, "VALUES", 7)
+        patch.setattr(cache, "SMALL", 0)
+        encode(path, codec, folder / "whole")
+        with pytest.raises(KeyboardInterrupt):
+            stop_after(patch, 3)
+            encode(path, codec, folder / "a", cache=str(folder / "kept"))
+        return path, folder / "kept", len(list(files.blocks(path))), folder / "whole"
+
+
+@pytest.mark.parametrize("mutation", LINES.values(), ids=[name[:20] for name in LINES])
+def test_a_line_of_the_journal_that_is_damaged_ends_it(tmp_path, codec, small, begun, monkeypatch, mutation):
+    path, kept, total, whole = begun
+    root = Path(shutil.copytree(str(kept), str(tmp_path / "kept")))
+    (journal,) = root.glob("*.part/journal")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    line = mutation(json.loads(lines[2]))
+    lines[2] = line if isinstance(line, bytes) else (json.dumps(line) + "\n").encode()
+    journal.write_bytes(b"".join(lines))
+    seen = stop_after(monkeypatch, 10**6)
+    encode(path, codec, tmp_path / "b", cache=str(root))
+    assert len(seen) == total - 1 and contents(tmp_path / "b") == contents(whole)
+
+
+@pytest.mark.parametrize("name, mutation", [
+    ("ids.npy", a_folder), ("journal", a_folder), ("offsets.npy", a_pipe), ("journal", a_pipe),
+    ("", lambda path: (shutil.rmtree(str(path)), path.write_text("a file"))),
+    ("", lambda path: (shutil.rmtree(str(path)), path.symlink_to("nowhere"))),
+])  # fmt: skip
+def test_what_was_begun_and_is_no_file_is_begun_anew(tmp_path, codec, small, begun, monkeypatch, name, mutation):
+    path, kept, total, whole = begun
+    root = Path(shutil.copytree(str(kept), str(tmp_path / "kept")))
+    (part,) = root.glob("*.part")
+    mutation(part / name if name else part)
+    seen = stop_after(monkeypatch, 10**6)
+    encode(path, codec, tmp_path / "b", cache=str(root))
+    assert len(seen) == total and contents(tmp_path / "b") == contents(whole)
+
+
 def test_where_no_link_can_be_made_there_is_a_copy(tmp_path, codec, small, monkeypatch):
     def refuse(*_):
         raise OSError(18, "Invalid cross-device link")
@@ -370,6 +550,59 @@ def test_old_and_too_many_entries_go(tmp_path, codec, small, monkeypatch):
     monkeypatch.setattr(cache, "MOST_S", 500)
     cache.prune(root, keys[0])
     assert {path.name for path in root.iterdir()} == {keys[0], keys[0] + ".lock"}
+
+
+@pytest.mark.parametrize("how", ["its files go", "it is renamed", "it cannot be removed"])
+def test_pruning_beside_another_process_never_fails(tmp_path, monkeypatch, how):
+    """Another process takes an entry away between two looks at it."""
+    for number, key in enumerate("abc"):
+        (tmp_path / (key + ".lock")).write_text("")
+        (tmp_path / key).mkdir()
+        (tmp_path / key / "ids.npy").write_text("x")
+        os.utime(str(tmp_path / key), (number, number))
+    (tmp_path / "c").rename(tmp_path / "c.part")
+    real, remove = Path.iterdir, cache.remove
+
+    def vanishing(path):
+        if path.name == "b" and how == "it is renamed":
+            path.rename(path.with_name("elsewhere"))
+        found = list(real(path))
+        if path.name == "b" and how == "its files go":
+            shutil.rmtree(str(path))
+        return iter(found)
+
+    def refused(path):
+        if path.name == "b" and how == "it cannot be removed":
+            raise PermissionError(13, "Permission denied")
+        remove(path)
+
+    monkeypatch.setattr(Path, "iterdir", vanishing)
+    monkeypatch.setattr(cache, "remove", refused)
+    cache.prune(tmp_path, "none")
+    left = {path.name for path in real(tmp_path)}
+    assert left - {"b", "elsewhere"} == {"b.lock"}, "the others are pruned"
+    held = cache._lock(tmp_path / "b.lock")
+    assert held is not None, "and its lock was let go"
+    held.close()
+    cache.prune(tmp_path / "gone", "none")
+
+
+def test_an_entry_that_is_a_file_is_pruned(tmp_path):
+    for name in ("a.lock", "a", "a.part"):
+        (tmp_path / name).write_text("x")
+        os.utime(str(tmp_path / name), (0, 0))
+    cache.prune(tmp_path, "none")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_home_nothing_is_kept_and_one_line_says_so(tmp_path, codec, small, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(host, "cache_folder", lambda: None)
+    path = write(tmp_path / "d.jsonl", records(5))
+    said = []
+    encode(path, codec, tmp_path / "a", cache="auto", say=said.append)
+    assert said == ["no home folder is known (set HOME, XDG_CACHE_HOME or data.cache); the encoded data is not kept for other runs"]
+    assert {found.name for found in tmp_path.iterdir()} == {"a", "d.jsonl"}
 
 
 def test_the_file_must_not_change_meanwhile(tmp_path, codec, small, monkeypatch):
@@ -490,7 +723,7 @@ def large(tmp_path_factory, codec):
     shutil.copytree(codec.name, str(folder / "model"))
     (folder / "model" / "config.json").write_text(json.dumps(tiny_config("llama", vocab_size=512)))
     lines = "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in records(1000))
-    (folder / "d.jsonl").write_text(lines * (2_500_000 // len(lines.encode("utf-8")) + 1), encoding="utf-8")
+    (folder / "d.jsonl").write_text(lines * (1_300_000 // len(lines.encode("utf-8")) + 1), encoding="utf-8")
     (folder / "run.yaml").write_text(
         "run: {out: x}\nmodel: {path: model}\nparallel: {pipe: 1}\ndata: {train: d.jsonl, cache: kept}\n"
     )

@@ -113,3 +113,19 @@ def test_colour_where_the_terminal_has_it():
         "first sample, its first 2 tokens (default template), learnt in green:\na\x1b[1;32mb\x1b[0m"
     )
     assert report.text(document).endswith("\na⟦b⟧")
+
+
+def test_data_that_is_mostly_lost_says_so_in_the_last_line(folder, monkeypatch):
+    lost, good = {"instruction": "word " * 200, "output": "x"}, {"instruction": "a", "output": "x"}
+    (folder / "lost.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [lost] * 3 + [good] * 2))
+    (folder / "half.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [lost] * 2 + [good] * 2))
+    options = ("--set", "data.eval=null", "--set", "data.train=%s", "--set", "data.over_long=%s")
+    for over_long in ("truncate", "drop"):
+        page = run(folder, monkeypatch, *(" ".join(options) % ("lost.jsonl", over_long)).split())
+        assert page.splitlines()[-1] == (
+            "warning: lost.jsonl: MOST OF IT IS NOT LEARNT: nothing of 3 of 5 records; raise data.seq_len (128), or see what their "
+            "answers are"
+        )
+        assert "MOST" not in run(folder, monkeypatch, *(" ".join(options) % ("half.jsonl", over_long)).split())
+    page = run(folder, monkeypatch, "--set", "data.eval=lost.jsonl")
+    assert "warning: lost.jsonl: MOST" in page, "the eval data's too"
