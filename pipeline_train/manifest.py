@@ -8,28 +8,38 @@
 Two kinds: "checkpoint" (fp32 master weights, written by training) and "from-hf" (any dtype, bit-equal to the HF files).
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
+import stat
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
+from . import manifest_values
 from .errors import UserError
+from .manifest_values import check_keys, check_step, short
 
-FORMAT = "pipedock-layers/1"
-KINDS = ("checkpoint", "from-hf")
-DTYPES = ("fp32", "bf16", "fp16")
+FORMAT = manifest_values.FORMAT
 NAME = "manifest.json"
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}  # what optim_XXX.safetensors holds per parameter
-
-# key -> what it must be; "step" and "run_name" are None in a from-hf folder
-KEYS: Dict[str, Any] = {
-    "format": str, "kind": str, "family": str, "run_dtype": str, "layer_dtype": str, "tied": bool, "layers": int,
-    "step": (int, type(None)), "files": dict, "versions": dict, "run_name": (str, type(None)),
-}  # fmt: skip
-# A checkpoint also has "training": what only a resumed run reads
+SHA256 = re.compile(r"[0-9a-f]{64}")
+# Of a file that is not there, or is not one. Any other reason (no permission, a disk or a server that does not answer) says
+# nothing about what the file holds.
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 PathLike = Union[str, Path]
+
+
+class Unreadable(UserError):
+    """A file or folder that cannot be read now. It may be whole, so nothing is put in its place and no older one is taken."""
+
+    def __init__(self, path: PathLike, error: OSError) -> None:
+        super().__init__(
+            "%s: cannot be read: %s. That does not make the checkpoint broken, so no other is taken instead: make it readable, or "
+            "move it away to do without it" % (path, error.strerror or error)
+        )
 
 
 def layer_file(layer: int) -> str:
@@ -53,7 +63,7 @@ def file_entry(path: PathLike) -> Dict[str, Any]:
 
 def write(folder: PathLike, document: Dict[str, Any]) -> None:
     """Write ``<folder>/manifest.json`` (aside, fsynced, renamed). The last thing a writer does: it makes the folder complete."""
-    _check_keys(document, "manifest.json")
+    check_keys(document, "manifest.json")
     path = Path(folder) / NAME
     aside = path.with_name(NAME + ".partial")
     with open(str(aside), "w", encoding="utf-8") as file:
@@ -66,7 +76,8 @@ def write(folder: PathLike, document: Dict[str, Any]) -> None:
 def read(folder: PathLike) -> Dict[str, Any]:
     """The manifest of a complete folder. Every listed file must be there with its size; hashes are not read.
 
-    Raises UserError, one line, when the folder, the manifest or a listed file is missing, unreadable or of another size.
+    Raises UserError, one line, when the folder, the manifest or a listed file is missing or of another size, or the manifest
+    says what cannot be; Unreadable when it cannot be known whether that is so.
     """
     path = Path(folder) / NAME
     try:
@@ -76,9 +87,12 @@ def read(folder: PathLike) -> Dict[str, Any]:
             "%s: no manifest.json, so this is not a complete checkpoint; name a run, one of its checkpoints or a from-hf folder"
             % folder
         ) from None
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: JSON nested too deep
+    except OSError as error:
+        raise _trouble(path, error) from None
+    except (ValueError, RecursionError) as error:  # RecursionError: JSON nested too deep
         raise UserError("%s: cannot be read (%s); use another checkpoint" % (path, error)) from None
-    _check_keys(document, str(path))
+    check_keys(document, str(path))
+    check_step(document, Path(folder).name, str(path))
     for name, entry in document["files"].items():
         _check_file(Path(folder), name, entry)
     for layer in range(document["layers"]):
@@ -101,11 +115,24 @@ def check_hashes(folder: PathLike, document: Optional[Dict[str, Any]] = None, op
         try:
             found = file_entry(path)
         except OSError as error:
-            raise UserError("%s: cannot be read: %s; use another checkpoint" % (path, error.strerror)) from None
+            raise _trouble(path, error) from None
         if found["sha256"] != entry.get("sha256"):
             raise UserError(
                 "%s: its content is not what was written (its sha256 is not that of manifest.json); use another checkpoint" % path
             )
+
+
+def check_training(folder: PathLike, document: Dict[str, Any]) -> None:
+    """Whether the manifest ``document`` has all that a resumed run reads, and lists every file that training writes.
+
+    Raises UserError, one line, naming what is not so."""
+    where = str(Path(folder) / NAME)
+    manifest_values.check_training(document, where)
+    if "config.json" not in document["files"]:
+        raise UserError("%s: lists no config.json, which training writes" % where)
+    for layer in range(document["layers"]):
+        if optim_file(layer) not in document["files"]:
+            raise UserError("%s: lists no %s although the model has %d layers" % (where, optim_file(layer), document["layers"]))
 
 
 def is_layer_folder(folder: PathLike) -> bool:
@@ -115,7 +142,8 @@ def is_layer_folder(folder: PathLike) -> bool:
 def find_checkpoint(path: PathLike, passed_over: Optional[List[str]] = None) -> Path:
     """The layer folder that ``path`` means: itself, or the newest complete checkpoint of a run folder.
 
-    ``passed_over`` collects one line for each newer checkpoint that is not complete. Raises UserError when there is none.
+    ``passed_over`` collects one line for each newer checkpoint that is not complete. Raises UserError when there is none, or
+    when a newer one cannot be read.
     """
     path = Path(path)
     if is_layer_folder(path):
@@ -123,11 +151,13 @@ def find_checkpoint(path: PathLike, passed_over: Optional[List[str]] = None) -> 
     if not os.path.exists(str(path)):  # unlike Path.exists, False for a name that is too long
         raise UserError("%s: no such folder; name a run, one of its checkpoints or a from-hf folder" % path)
     parent = path if path.name == "checkpoints" else path / "checkpoints"
-    steps = sorted(parent.glob("step_*"), key=_step_of, reverse=True)
+    steps = sorted(step_folders(parent), key=_step_of, reverse=True)
     skipped = [] if passed_over is None else passed_over
     for folder in steps:
         try:
             read(folder)
+        except Unreadable:
+            raise
         except UserError as error:
             skipped.append(str(error))
         else:
@@ -137,33 +167,41 @@ def find_checkpoint(path: PathLike, passed_over: Optional[List[str]] = None) -> 
     raise UserError("%s: holds no checkpoint (no manifest.json, no checkpoints/step_*)" % path)
 
 
+def step_folders(parent: Path) -> List[Path]:
+    """What is named step_* in ``parent``; nothing when that is not there. Raises Unreadable."""
+    try:
+        return [parent / name for name in os.listdir(str(parent)) if name.startswith("step_")]
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return []
+        raise Unreadable(parent, error) from None
+
+
 def _step_of(folder: Path) -> int:
     digits = folder.name[len("step_") :]
     return int(digits) if digits.isdigit() else -1
 
 
-def _check_keys(document: Any, where: str) -> None:
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        found = document.get("format") if isinstance(document, dict) else type(document).__name__
-        raise UserError("%s: expected format %s, found %s; it was written by another version or program" % (where, FORMAT, found))
-    for key, kind in KEYS.items():
-        if key not in document or not isinstance(document[key], kind):
-            raise UserError("%s: %s: missing or not what it should be (%r)" % (where, key, document.get(key)))
-    if document["kind"] == "checkpoint" and not isinstance(document.get("training"), dict):
-        raise UserError("%s: training: missing or not what it should be (%r)" % (where, document.get("training")))
-    if document["kind"] not in KINDS:
-        raise UserError("%s: kind: expected one of %s, found %r" % (where, ", ".join(KINDS), document["kind"]))
-    if document["run_dtype"] not in DTYPES:
-        raise UserError("%s: run_dtype: expected one of %s, found %r" % (where, ", ".join(DTYPES), document["run_dtype"]))
+def _trouble(path: Path, error: OSError) -> UserError:
+    if error.errno in NOT_THERE:
+        return UserError("%s: cannot be read: %s; use another checkpoint" % (path, error.strerror))
+    return Unreadable(path, error)
 
 
 def _check_file(folder: Path, name: str, entry: Any) -> None:
-    path = folder / name
-    if os.path.basename(name) != name or not isinstance(entry, dict) or not isinstance(entry.get("size"), int):
-        raise UserError("%s: files: %r is not a file of this folder with a size" % (folder / NAME, name))
+    path, known = folder / name, entry if isinstance(entry, dict) else {}
+    named = name.isprintable() and os.path.basename(name) == name and name not in ("", ".", "..")
+    sha256 = known.get("sha256")
+    if not (named and type(known.get("size")) is int and isinstance(sha256, str) and SHA256.fullmatch(sha256)):
+        raise UserError("%s: files: %s is not a file of this folder with a size and a sha256" % (folder / NAME, short(name)))
     try:
-        size = path.stat().st_size
-    except (OSError, ValueError):  # ValueError: a NUL in the name
+        found = path.stat()
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise Unreadable(path, error) from None
         raise UserError("%s: missing, although manifest.json lists it; the checkpoint is not complete" % path) from None
-    if size != entry["size"]:
-        raise UserError("%s: has %d bytes, manifest.json says %d; the file was cut off or changed" % (path, size, entry["size"]))
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError("%s: is not a file, although manifest.json lists it; use another checkpoint" % path)
+    if found.st_size != entry["size"]:
+        raise UserError("%s: has %d bytes, manifest.json says %s; the file was cut off or changed"
+                        % (path, found.st_size, short(entry["size"])))  # fmt: skip

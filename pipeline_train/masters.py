@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from . import manifest
+from . import manifest, manifest_values
 from .models import build_layer, init_layer
 from .weights import open_source
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .engine import Pipeline
 
 log = logging.getLogger("pipedock")
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what the loss scaler remembers
 Place = Tuple[str, torch.nn.Parameter, Optional[str]]  # name in the file, and which moment of the parameter (None: the weight)
 
 
@@ -118,4 +117,4 @@ def optimizer_steps(pipe: "Pipeline") -> int:
 
 
 def scaler_state(pipe: "Pipeline") -> Dict[str, Any]:
-    return {key: getattr(pipe.loss_scaler, key) for key in SCALER if hasattr(pipe.loss_scaler, key)}
+    return {key: getattr(pipe.loss_scaler, key) for key in manifest_values.SCALER if hasattr(pipe.loss_scaler, key)}

@@ -13,7 +13,7 @@ PACKAGES = ("pipeline_train", "export", "serve", "verbs")
 # Lowest first: a module may import its own row and the rows above it in this list.
 ROWS = [
     {"errors", "pulse", "watch", "hostfile"},
-    {"families", "manifest", "proof", "host", "native",
+    {"families", "manifest", "manifest_values", "proof", "host", "native",
      "data.records", "data.shapes", "data.files", "data.json_text", "data.template"},
     {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder", "checkpoint_folder", "loss_scale"},
     {"compat"},
@@ -108,7 +108,8 @@ def test_no_torch_where_planning_and_validation_live():
 
 
 @pytest.mark.parametrize("module", [
-    "pipeline_train.families", "pipeline_train.plan", "pipeline_train.manifest", "pipeline_train.proof", "export.naming",
+    "pipeline_train.families", "pipeline_train.plan", "pipeline_train.manifest", "pipeline_train.manifest_values",
+    "pipeline_train.proof", "export.naming",
 ])  # fmt: skip
 def test_runs_in_a_bare_venv(module):
     """-S -I leaves only the standard library: no site-packages at all."""
