@@ -208,7 +208,7 @@ class Saver:
         try:
             checkpoint_folder.complete(save.final, save.document, self.out / "resolved" / "model")
         except OSError as error:
-            raise checkpoint_folder.unwritable(save.final, error) from None
+            raise checkpoint_folder.unwritable(save.final, save.final.parent, error) from None
         checkpoint_folder.prune(save.final, self.pipe.config.train.keep)
 
 
@@ -238,5 +238,5 @@ def _write(aside: Path, files: List[File]) -> Dict[str, Any]:
         try:
             entries[name] = write_file(aside / name, tensors)
         except OSError as error:
-            raise checkpoint_folder.unwritable(aside / name, error) from None
+            raise checkpoint_folder.unwritable(aside / name, aside.parent, error) from None
     return entries

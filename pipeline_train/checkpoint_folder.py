@@ -2,6 +2,7 @@
 
     .tmp-step_000400   being written, or being deleted: never looked at, cleared away by the next save or start
     .old-step_000400   the folder that a new step_000400 takes the place of; put back by the next start if that was cut short
+    kept-step_000400-1 whole, but not of what this run has become: never looked at, never deleted
     step_000400        whole
 
 A folder gets its name step_* by one rename, after all its files, its manifest and its directory are on disk. Only when that
@@ -22,6 +23,7 @@ from .families import FAMILIES, Dims
 
 log = logging.getLogger("pipedock")
 BLOCK = 4096  # what a file or a folder may take beyond its bytes
+KEPT = "kept-"  # before the name of a checkpoint that another run, or this one before a resume, has left
 SLACK = 1 << 20  # manifest, config and the file system's own
 
 
@@ -67,10 +69,10 @@ def begin(final: Path, needed: int) -> None:
         free = shutil.disk_usage(str(aside)).free
         if free < needed:
             aside.rmdir()
-            raise RunFailed("%s: a checkpoint needs %s, only %s are free on that disk; make room or lower train.keep. "
-                            "The last checkpoint is whole." % (final, host.size(needed), host.size(free)))  # fmt: skip
+            raise RunFailed("%s: a checkpoint needs %s, only %s are free on that disk; make room or lower train.keep. %s"
+                            % (final, host.size(needed), host.size(free), left_of(final.parent)))  # fmt: skip
     except OSError as error:
-        raise unwritable(aside, error) from None
+        raise unwritable(aside, final.parent, error) from None
 
 
 def complete(final: Path, document: Dict[str, Any], beside: Path) -> None:
@@ -98,26 +100,55 @@ def abandon(final: Path) -> None:
 
 
 def prune(written: Path, keep: int) -> None:
-    """Delete what the run will not go back to: checkpoints newer than the one just ``written`` (a resume passed them over, they
-    are broken), older ones that are not whole, and all but the ``keep`` newest whole ones. Other names are not touched."""
+    """Delete what the run will not go back to: older checkpoints that are broken, all but the ``keep`` newest whole ones, and
+    newer broken ones, which the resume passed over. Other names are not touched.
+
+    A newer one that is whole is not this run's to delete: the resume did not see it. It must not be resumed from either, since
+    the run went on without it: it gets a name that is not looked at. One that cannot be read is left where it is."""
     step, kept = run_folder.step_of(written), 1
-    for found in run_folder.checkpoints(written.parent):
-        if found == written:
+    try:
+        others = [found for found in run_folder.checkpoints(written.parent) if found != written]
+    except UserError as error:
+        log.warning("old checkpoints are not deleted: %s", error)
+        return
+    for found in others:
+        newer = run_folder.step_of(found) > step
+        try:
+            whole = _whole(found, hashes=newer)
+        except manifest.Unreadable as error:
+            log.warning("not deleted: %s", error)
             continue
-        if run_folder.step_of(found) < step and kept < keep and _whole(found):
+        if whole and not newer and kept < keep:
             kept += 1
             continue
         try:
-            os.replace(str(found), str(aside_of(found)))  # half deleted, it must not look like a checkpoint
-            sync(found.parent)
-            shutil.rmtree(str(aside_of(found)))
+            if whole and newer:
+                _set_aside(found, step)
+            else:
+                os.replace(str(found), str(aside_of(found)))  # half deleted, it must not look like a checkpoint
+                sync(found.parent)
+                shutil.rmtree(str(aside_of(found)))
         except OSError as error:
             log.warning("%s: cannot be deleted: %s", found, error.strerror)
 
 
-def _whole(found: Path) -> bool:
+def _set_aside(found: Path, step: int) -> None:
+    number = 1
+    while os.path.lexists(str(found.with_name("%s%s-%d" % (KEPT, found.name, number)))):
+        number += 1
+    target = found.with_name("%s%s-%d" % (KEPT, found.name, number))
+    os.replace(str(found), str(target))
+    sync(found.parent)
+    log.warning("%s: is whole and newer than step %d, which this run has saved: kept as %s, delete it yourself",
+                found, step, target.name)  # fmt: skip
+
+
+def _whole(found: Path, hashes: bool = False) -> bool:
+    """Raises Unreadable."""
     try:
-        manifest.read(found)
+        run_folder.check_whole(found, hashes)
+    except manifest.Unreadable:
+        raise
     except UserError:
         return False
     return True
@@ -144,5 +175,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def unwritable(path: Path, error: OSError) -> RunFailed:
-    return RunFailed("%s: cannot be written: %s. The last checkpoint is whole." % (path, error.strerror or error))
+def unwritable(path: Path, parent: Path, error: OSError) -> RunFailed:
+    """``parent``: the folder of checkpoints."""
+    return RunFailed("%s: cannot be written: %s. %s" % (path, error.strerror or error, left_of(parent)))
+
+
+def left_of(parent: Path) -> str:
+    """What a run that ends at a save can go on from."""
+    try:
+        saved = any(_whole(found) for found in run_folder.checkpoints(parent))
+    except UserError:  # nor can it be read
+        return "Look at that disk."
+    return "The last checkpoint is whole." if saved else "Nothing was saved yet."

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from typing import IO, Any, Callable, Dict, List, Optional
 import msgspec
 import yaml
 
-from . import families, manifest
+from . import families, manifest, manifest_values
 from .config_schema import RunConfig
 from .errors import UserError
 from .families import Dims
@@ -23,6 +24,7 @@ Say = Callable[[str], None]  # takes a line for the user
 _locks: Dict[str, IO[str]] = {}  # open until this process ends: closing the file gives the lock up
 OURS = {".lock", "metrics.jsonl", "resolved", "checkpoints"}  # any of these makes a folder a run's
 ASIDE, OLD = ".tmp-", ".old-"  # see checkpoint_folder
+PROBE = ASIDE + "probe"
 STEP = re.compile(r"step_[0-9]+")
 FRESH = "Start it with --resume auto, or give run.out another folder."
 
@@ -60,7 +62,22 @@ def take(out: Path, where: str, say: Say) -> None:
         file.truncate(0)
         file.write("%d\n" % os.getpid())
         file.flush()
-    _clear(out / "checkpoints")
+    try:
+        _clear(out / "checkpoints")
+        _check_writable(out)
+    except OSError as error:
+        raise UserError("%s: run.out: %s: cannot be written: %s" % (where, error.filename or out, error.strerror)) from None
+
+
+def _check_writable(out: Path) -> None:
+    """What training writes into only later: better now than at the first save. Raises OSError."""
+    for parent in (out, out / "checkpoints"):
+        if parent == out or os.path.lexists(str(parent)):
+            (parent / PROBE).mkdir(exist_ok=True)  # a start that was killed here has left it
+            (parent / PROBE).rmdir()
+    if os.path.lexists(str(out / "metrics.jsonl")):
+        with open(str(out / "metrics.jsonl"), "ab"):
+            pass
 
 
 def _clear(parent: Path) -> None:
@@ -82,8 +99,12 @@ def old_of(checkpoint: Path) -> Path:
 
 
 def checkpoints(parent: Path) -> List[Path]:
-    """The step_<number> folders in <out>/checkpoints, newest first; whether they are whole is not looked at."""
-    found = [path for path in parent.glob("step_*") if STEP.fullmatch(path.name) and path.is_dir()]
+    """The step_<number> folders in <out>/checkpoints, newest first; whether they are whole is not looked at. Raises UserError
+    when that cannot be read."""
+    try:
+        found = [path for path in manifest.step_folders(parent) if STEP.fullmatch(path.name) and path.is_dir()]
+    except OSError as error:
+        raise manifest.Unreadable(parent, error) from None
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -94,7 +115,8 @@ def step_of(checkpoint: Path) -> int:
 def find(out: Path, resume: Optional[str], say: Say) -> Optional[Path]:
     """The checkpoint to resume from: the newest whose files all have the size and the hash their manifest says.
 
-    Raises UserError for a used folder without --resume, or --resume without a checkpoint."""
+    Raises UserError for a used folder without --resume, or --resume without a checkpoint; also when checkpoints that metrics.jsonl
+    tells of are gone, and when one cannot be read: it may be the newest."""
     started = (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0
     saved = checkpoints(out / "checkpoints")
     if resume is None:
@@ -104,17 +126,60 @@ def find(out: Path, resume: Optional[str], say: Say) -> Optional[Path]:
             raise UserError("%s: already holds a run, which has saved no checkpoint. %s" % (out, FRESH))
         return None
     if not saved:
+        _check_never_saved(out)
         if resume == "auto":
             return None
         raise UserError("%s: --resume: no checkpoint to continue from. %s" % (out, FRESH))
     for folder in saved:
         try:
-            manifest.check_hashes(folder)
+            check_whole(folder)
+        except manifest.Unreadable:
+            raise
         except UserError as error:
             say("passed over: %s" % error)
         else:
             return folder
     raise UserError("%s: --resume: none of its %d checkpoints is whole. Give run.out another folder." % (out, len(saved)))
+
+
+def check_whole(checkpoint: Path, hashes: bool = True) -> None:
+    """Whether a run can resume from it. Raises UserError naming what is wrong; Unreadable when that cannot be known."""
+    document = manifest.read(checkpoint)
+    manifest.check_training(checkpoint, document)
+    if hashes:
+        manifest.check_hashes(checkpoint, document)
+    dims = families.dims_of(families.read_config(str(checkpoint)))
+    for key in ("family", "layers", "tied"):
+        said, known = manifest_values.short(document[key]), manifest_values.short(getattr(dims, key))
+        if said != known:
+            raise UserError("%s: %s: %s, but config.json beside it says %s; use another checkpoint"
+                            % (checkpoint / manifest.NAME, key, said, known))  # fmt: skip
+
+
+def _check_never_saved(out: Path) -> None:
+    """Before a run starts again because no checkpoint is there: metrics.jsonl must not tell of one. Raises UserError."""
+    path, saves = out / "metrics.jsonl", 0
+    try:
+        with open(str(path), encoding="utf-8", errors="replace") as file:
+            for line in file:
+                saves += '"save"' in line and _kind(line) == "save"
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError("%s: cannot be read: %s" % (path, error.strerror)) from None
+    if saves:
+        raise UserError(
+            "%s: metrics.jsonl tells of %d saves, but checkpoints/ %s: is its disk mounted? To start again, give run.out another "
+            "folder or delete metrics.jsonl" % (out, saves, "holds none" if (out / "checkpoints").exists() else "is not there")
+        )
+
+
+def _kind(line: str) -> Any:
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError):
+        return None  # cut off
+    return document.get("kind") if isinstance(document, dict) else None
 
 
 def same_model(checkpoint: Path, dims: Dims) -> None:

@@ -29,6 +29,7 @@ from pipeline_train import checkpoint, checkpoint_folder, manifest, run_folder  
 from pipeline_train.errors import UserError  # noqa: E402
 from pipeline_train.weights import writing  # noqa: E402
 from tests.fake_pipe import Pipe  # noqa: E402
+from tests.models import tiny_config  # noqa: E402
 
 KEEP = 2
 DIMS = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -181,7 +182,7 @@ def save(writer: checkpoint.Saver, steps, said: int) -> None:
 def start(out: Path, rotten: bool) -> None:
     """A run that has saved 2, 4 and 6 and goes on from 4: 6 may have rotted."""
     (out / "resolved" / "model").mkdir(parents=True)
-    (out / "resolved" / "model" / "config.json").write_text("{}")
+    (out / "resolved" / "model" / "config.json").write_text(json.dumps(tiny_config("llama", **DIMS)))
     writer = saver(out, False)
     save(writer, (2, 4), os.open(os.devnull, os.O_WRONLY))
     writer.pipe.config.train.keep = 3

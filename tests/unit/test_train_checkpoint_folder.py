@@ -1,25 +1,38 @@
 """The folders of checkpoints: how they appear, which are kept, what a full disk says. No torch, no pipeline."""
 
+import errno
+import json
+import logging
 import os
 import shutil
 
 import pytest
 
-from pipeline_train import checkpoint_folder, manifest, run_folder
+from pipeline_train import checkpoint_folder, families, manifest, run_folder
 from pipeline_train.errors import RunFailed
+from tests.models import tiny_config
+
+CONFIG = tiny_config("llama", num_hidden_layers=1)
 
 DOCUMENT = {
     "format": manifest.FORMAT, "kind": "checkpoint", "family": "llama", "run_dtype": "fp32", "layer_dtype": "fp32",
-    "tied": True, "layers": 1, "versions": {}, "run_name": "",
+    "tied": families.dims_of(CONFIG).tied, "layers": 3, "versions": {}, "run_name": "",
     "training": {"optimizer": "adamw", "optimizer_steps": 1, "feed": {}, "loss_scaler": {}},
 }  # fmt: skip
+
+
+def fill(folder, content=b"x"):
+    for layer in range(3):
+        (folder / manifest.layer_file(layer)).write_bytes(content)
+        (folder / manifest.optim_file(layer)).write_bytes(content)
 
 
 def make(parent, name, whole=True):
     folder = parent / name
     folder.mkdir(parents=True)
-    (folder / manifest.layer_file(0)).write_bytes(b"x")
-    files = {manifest.layer_file(0): manifest.file_entry(folder / manifest.layer_file(0))}
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    fill(folder)
+    files = {path.name: manifest.file_entry(path) for path in folder.iterdir()}
     manifest.write(folder, dict(DOCUMENT, step=int(name[5:11]), files=files))
     if not whole:
         (folder / manifest.layer_file(0)).write_bytes(b"")
@@ -48,6 +61,56 @@ def test_broken_newer_ones_go_and_the_one_just_written_stays(tmp_path):
     assert names(tmp_path) == ["step_000004", "step_000006"]
 
 
+def test_a_whole_newer_one_is_kept_under_another_name(tmp_path, caplog):
+    make(tmp_path, "step_000008")
+    (tmp_path / "kept-step_000008-1").mkdir()  # from an earlier time
+    with caplog.at_level(logging.WARNING, "pipedock"):
+        checkpoint_folder.prune(make(tmp_path, "step_000006"), 1)
+    assert names(tmp_path) == ["kept-step_000008-1", "kept-step_000008-2", "step_000006"]
+    manifest.check_hashes(tmp_path / "kept-step_000008-2")
+    assert "step_000008: is whole and newer than step 6, which this run has saved: kept as kept-step_000008-2" in caplog.text
+    assert [path.name for path in run_folder.checkpoints(tmp_path)] == ["step_000006"]
+    assert manifest.find_checkpoint(make(tmp_path / "run" / "checkpoints", "step_000006").parent).name == "step_000006"
+
+
+def test_what_cannot_be_read_is_not_deleted(tmp_path, monkeypatch, caplog):
+    for step in (2, 4, 8):
+        make(tmp_path, "step_%06d" % step)
+    read = manifest.read
+
+    def stale(folder):
+        if folder.name in ("step_000004", "step_000008"):
+            raise manifest.Unreadable(folder, OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
+        return read(folder)
+
+    monkeypatch.setattr(manifest, "read", stale)
+    with caplog.at_level(logging.WARNING, "pipedock"):
+        checkpoint_folder.prune(make(tmp_path, "step_000006"), 1)
+    assert names(tmp_path) == ["step_000004", "step_000006", "step_000008"] and caplog.text.count("not deleted: ") == 2
+    caplog.clear()
+    monkeypatch.setattr(manifest.os, "listdir", unreadable)
+    with caplog.at_level(logging.WARNING, "pipedock"):
+        checkpoint_folder.prune(tmp_path / "step_000006", 1)
+    assert "old checkpoints are not deleted: %s: cannot be read: Input/output error" % tmp_path in caplog.text
+
+
+def unreadable(path):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_what_a_failed_save_leaves_is_said_as_it_is(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    said = lambda: str(checkpoint_folder.unwritable(tmp_path / "x", tmp_path, full))  # noqa: E731
+    before = "%s: cannot be written: No space left on device. " % (tmp_path / "x")
+    assert said() == before + "Nothing was saved yet."
+    make(tmp_path, "step_000002", whole=False)
+    assert said() == before + "Nothing was saved yet."
+    make(tmp_path, "step_000004")
+    assert said() == before + "The last checkpoint is whole."
+    monkeypatch.setattr(manifest.os, "listdir", unreadable)
+    assert said() == before + "Look at that disk."
+
+
 def test_broken_older_ones_do_not_count(tmp_path):
     make(tmp_path, "step_000002")
     make(tmp_path, "step_000004", whole=False)
@@ -68,7 +131,7 @@ def beside(tmp_path):
     """What is copied into every checkpoint."""
     folder = tmp_path / "resolved" / "model"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     return folder
 
 
@@ -76,9 +139,9 @@ def write(parent, step, beside, content=b"x"):
     """A save as checkpoint.Saver makes it."""
     final = parent / ("step_%06d" % step)
     checkpoint_folder.begin(final, 1)
-    path = checkpoint_folder.aside_of(final) / manifest.layer_file(0)
-    path.write_bytes(content)
-    checkpoint_folder.complete(final, dict(DOCUMENT, step=step, files={path.name: manifest.file_entry(path)}), beside)
+    fill(checkpoint_folder.aside_of(final), content)
+    files = {path.name: manifest.file_entry(path) for path in checkpoint_folder.aside_of(final).iterdir()}
+    checkpoint_folder.complete(final, dict(DOCUMENT, step=step, files=files), beside)
     return final
 
 
@@ -86,7 +149,7 @@ def test_a_folder_appears_whole_with_the_files_beside_and_is_the_latest(tmp_path
     for step in (2, 4):
         final = write(tmp_path / "checkpoints", step, beside)
         manifest.check_hashes(final)
-        assert set(manifest.read(final)["files"]) == {"config.json", manifest.layer_file(0)}
+        assert len(manifest.read(final)["files"]) == 7 and "config.json" in manifest.read(final)["files"]
         assert (final.parent / "latest").read_text() == final.name + "\n"
     assert names(final.parent) == ["latest", "step_000002", "step_000004"]
 
@@ -123,5 +186,7 @@ def test_no_room_is_said_before_anything_is_written(tmp_path, beside, monkeypatc
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
-    with pytest.raises(RunFailed, match="checkpoints/.tmp-step_000004: cannot be written: (Not a directory|File exists). The last"):
+    with pytest.raises(
+        RunFailed, match="checkpoints/.tmp-step_000004: cannot be written: (Not a directory|File exists). Nothing was saved yet.$"
+    ):
         checkpoint_folder.begin(tmp_path / "checkpoints" / "step_000004", 1)

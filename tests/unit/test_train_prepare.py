@@ -1,5 +1,6 @@
 """Every mistake of a run is one line, found before any process starts."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from pipeline_train import checkpoint_folder, compat, config, host, manifest, native, plan, prepare  # noqa: E402
+from pipeline_train import checkpoint_folder, compat, config, host, manifest, native, plan, prepare, run_folder  # noqa: E402
 from pipeline_train.data import template  # noqa: E402
 from pipeline_train.errors import UserError  # noqa: E402
 from tests.models import computed, make_hf, tiny_config  # noqa: E402
@@ -207,13 +208,13 @@ def used(start, step=4, total_layers=5, **feed):
     folder.mkdir(parents=True)
     shutil.copyfile(str(start.out / "resolved" / "model" / "config.json"), str(folder / "config.json"))
     files = {"config.json": manifest.file_entry(folder / "config.json")}
-    for layer in range(total_layers):
-        (folder / manifest.layer_file(layer)).write_bytes(b"x")
-        files[manifest.layer_file(layer)] = manifest.file_entry(folder / manifest.layer_file(layer))
+    for name in [file(layer) for layer in range(total_layers) for file in (manifest.layer_file, manifest.optim_file)]:
+        (folder / name).write_bytes(b"x")
+        files[name] = manifest.file_entry(folder / name)
     manifest.write(folder, {
         "format": manifest.FORMAT, "kind": "checkpoint", "family": "llama", "run_dtype": "fp32", "layer_dtype": "fp32",
         "tied": True, "layers": total_layers, "step": step, "files": files, "versions": {}, "run_name": "",
-        "training": {"optimizer": "adamw", "optimizer_steps": step, "feed": facts},
+        "training": {"optimizer": "adamw", "optimizer_steps": step, "feed": facts, "loss_scaler": {}},
     })  # fmt: skip
     return folder
 
@@ -263,6 +264,131 @@ def test_resume_takes_the_newest_whole_checkpoint_and_says_what_it_passed_over(s
     (whole / manifest.layer_file(2)).unlink()
     with pytest.raises(UserError, match="--resume: none of its 3 checkpoints is whole. Give run.out another folder"):
         start("auto")
+
+
+SAVES = '{"kind": "start"}\n{"kind": "save", "step": 4}\n{"kind": "step", "note": "save"}\n["save"]\n'
+SAVES += '{"kind": "save", "step": 8}\n{"kind": "save"'
+
+
+@pytest.mark.parametrize("mode", ["auto", "newest"])
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again(start, mode):
+    start()
+    (start.out / "metrics.jsonl").write_text(SAVES)
+    message = "%s: metrics.jsonl tells of 2 saves, but checkpoints/ %s: is its disk mounted? To start again, give run.out another "
+    message += "folder or delete metrics.jsonl"
+    before = contents(start.out)
+    for there in ("is not there", "holds none"):
+        with pytest.raises(UserError) as error:
+            start(mode)
+        assert str(error.value) == message % (start.out, there) and contents(start.out) == before
+        (start.out / "checkpoints").mkdir(exist_ok=True)
+    used(start)
+    assert start(mode).done == 4
+    shutil.rmtree(str(start.out / "checkpoints"))
+    (start.out / "metrics.jsonl").unlink()
+    assert start("auto").resume is None
+
+
+def fails(monkeypatch, owner, name, path, number=errno.EIO):
+    """owner.name ends in this error for this path."""
+    original = getattr(owner, name)
+
+    def call(given, *arguments, **options):
+        if str(given) == str(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return original(given, *arguments, **options)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize("mode", [None, "auto", "newest"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_folder_of_checkpoints_that_cannot_be_read_does_not_hold_none(start, monkeypatch, mode, number):
+    start()
+    (start.out / "checkpoints").mkdir()
+    fails(monkeypatch, manifest.os, "listdir", start.out / "checkpoints", number)
+    with pytest.raises(UserError, match="out/checkpoints: cannot be read: %s. " % os.strerror(number)):
+        start(mode)
+
+
+@pytest.mark.parametrize("mode", ["auto", "newest"])
+@pytest.mark.parametrize("name", ["manifest.json", "layer_001.safetensors", "optim_002.safetensors"])
+def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(start, monkeypatch, mode, name):
+    start()
+    used(start, 4)
+    path = used(start, 8) / name
+    if name == manifest.NAME:
+        fails(monkeypatch, Path, "read_text", path, errno.EACCES)
+    else:
+        fails(monkeypatch, manifest, "file_entry", path, errno.EACCES)
+    with pytest.raises(UserError, match="step_000008/%s: cannot be read: Permission denied. That does not make the check.* move it "
+                       "away to do without it$" % name):  # fmt: skip
+        start(mode)
+    assert not [line for line in start.said if "passed over" in line]
+
+
+def test_metrics_that_cannot_be_read_are_one_line(start, monkeypatch):
+    start()
+    (start.out / "metrics.jsonl").write_text(SAVES)
+
+    def unreadable(path, mode="r", **options):
+        if path.endswith("metrics.jsonl") and mode == "r":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return open(path, mode, **options)
+
+    monkeypatch.setattr(run_folder, "open", unreadable, raising=False)
+    with pytest.raises(UserError, match="metrics.jsonl: cannot be read: Input/output error"):
+        start("auto")
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"step": 6}, "step: 6, but the folder is named step_000008"),
+    ({"family": "bloom"}, "family: 'bloom', but config.json beside it says 'llama'"),
+    ({"family": "\n"}, "family: '\\n', but config.json beside it says 'llama'"),
+    ({"tied": False}, "tied: False, but config.json beside it says True"),
+    ({"layers": 4}, "layers: 4, but config.json beside it says 5"),
+    ({"kind": "from-hf"}, "kind: a run resumes from a checkpoint, this is from-hf"),
+    ({"training": {}}, "training.optimizer: missing or not what it should be (None)"),
+    ({"training": {"feed": {"now": "soon"}}}, "training.feed.now: missing or not what it should be ('soon')"),
+    ({"training": {"feed": {"seq_len": [1]}}}, "training.feed.seq_len: missing or not what it should be (a list)"),
+    ({"training": {"feed": None}}, "training.feed: missing or not what it should be (None)"),
+    ({"training": {"loss_scaler": {"update_scale": 1}}}, "training.loss_scaler.'update_scale': missing or not"),
+    ({"training": {"optimizer_steps": "8"}}, "training.optimizer_steps: missing or not what it should be ('8')"),
+])  # fmt: skip
+def test_a_manifest_that_says_what_cannot_be_is_passed_over(start, changes, words):
+    start()
+    whole, wrong = used(start, 4), used(start, 8)
+    document = manifest.read(wrong)
+    if changes.get("training"):
+        changes = {"training": dict(document["training"], **changes["training"])}
+    (wrong / "manifest.json").write_text(json.dumps(dict(document, **changes)))
+    assert start("newest").resume == whole
+    passed = [line for line in start.said if line.startswith("passed over: ")]
+    assert len(passed) == 1 and passed[0].startswith("passed over: %s/manifest.json: %s" % (wrong, words)), passed
+    assert "\n" not in passed[0]
+
+
+@pytest.mark.parametrize("name", [".tmp-probe", "checkpoints", "metrics.jsonl"])
+def test_what_cannot_be_written_is_seen_before_the_work(start, monkeypatch, name):
+    if name == ".tmp-probe":
+        fails(monkeypatch, Path, "mkdir", start.out / name, errno.EROFS)
+        refused(start, "run.yaml: run.out: %s: cannot be written: Read-only file system" % (start.out / name))
+    else:
+        start.out.mkdir()
+        (start.out / ".lock").touch()
+        (start.out / name).write_text("") if name == "checkpoints" else (start.out / name).mkdir()
+        refused(start, "run.yaml: run.out: %s" % (start.out / name), ": cannot be written: ", resume="auto")
+    assert not (start.out / "data").exists()
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_written_is_seen_before_the_work(start, monkeypatch):
+    probe = start.out / "checkpoints" / ".tmp-probe"
+    probe.mkdir(parents=True)  # a start that was killed here
+    start()
+    assert not probe.exists() and not (start.out / ".tmp-probe").exists()
+    fails(monkeypatch, Path, "mkdir", probe, errno.EACCES)
+    with pytest.raises(UserError, match="run.yaml: run.out: %s: cannot be written: Permission denied$" % probe):
+        start()
 
 
 @pytest.mark.parametrize("sections, words", [
