@@ -201,14 +201,13 @@ def _encode(run: RunConfig, out: Path, codec: TextCodec, say: Say) -> str:
         (out / "data").mkdir(exist_ok=True)
     except OSError as error:
         raise UserError("run.out: %s: cannot be made: %s" % (out / "data", error.strerror)) from None
-    statistics = {}
-    for which in ("eval", "train") if run.data.eval is not None else ("train",):
-        statistics = feed.prepare(run, codec, which, out / "data", seq_len, say)
-        for line in statistics["warnings"]:
-            say(line)
+    names = ("eval", "train") if run.data.eval is not None else ("train",)
+    found = [feed.prepare(run, codec, which, out / "data", seq_len, say) for which in names]
     say("%(file)s: %(records)d records, %(bad)d bad, %(tokens)d tokens, %(learnt_tokens)d of them learnt, %(truncated)d truncated, "
-        "%(dropped)d dropped, %(nothing_to_learn)d with nothing to learn" % statistics)  # fmt: skip
-    return str(statistics["hash"][:16])
+        "%(dropped)d dropped, %(nothing_to_learn)d with nothing to learn" % found[-1])  # fmt: skip
+    for line in dict.fromkeys(line for one in found for line in one["warnings"]):  # behind the counts, where they are seen
+        say(line)
+    return str(found[-1]["hash"][:16])
 
 
 def _say_new_data(changes: List[str], done: int, total: int, per_epoch: int, say: Say) -> None:

@@ -89,6 +89,15 @@ def test_the_user_is_told_what_the_data_holds(start):
     assert any(line.startswith("rows of 32 tokens, ") for line in start.said)
 
 
+def test_data_that_is_mostly_lost_is_told_of_behind_its_counts(start, tmp_path):
+    lost, good = {"instruction": "word " * 200, "output": "x"}, {"instruction": "a", "output": "x " * 4}
+    (tmp_path / "lost.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [lost] * 9 + [good] * 8))
+    start(data={"train": str(tmp_path / "lost.jsonl"), "eval": str(tmp_path / "lost.jsonl"), "seq_len": 128})
+    (counts,) = [number for number, line in enumerate(start.said) if "17 records, " in line]
+    (alarm,) = [number for number, line in enumerate(start.said) if "MOST OF IT IS NOT LEARNT: nothing of 9 of 17" in line]
+    assert alarm > counts and " records, " not in "".join(start.said[alarm:])
+
+
 def test_epochs_and_max_steps_decide_the_length(start):
     one = start().total
     assert start(train={"epochs": 3}).total == 3 * one
