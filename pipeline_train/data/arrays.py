@@ -25,8 +25,8 @@ class GrowingArray:
     def read(self, rows: int) -> np.ndarray:
         """The next rows of an unfinished file; fewer when it ends before."""
         size = self.dtype.itemsize * (self.columns or 1)
-        left = os.fstat(self.file.fileno()).st_size - self.file.tell()
-        raw = self.file.read(max(0, min(rows * size, left)))
+        left = max(0, os.fstat(self.file.fileno()).st_size - self.file.tell())
+        raw = self.file.read(min(rows * size, left))
         return self._shaped(np.frombuffer(raw[: len(raw) // size * size], self.dtype))
 
     def keep(self, rows: int) -> None:

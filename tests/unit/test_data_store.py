@@ -440,6 +440,7 @@ LINES = {
     **{text: lambda _, text=text: text.encode() + b"\n" for text in ("5", "{}", "[]", "null", '"x"', "[" * 100_000)},
     **{"rows %r" % (rows,): lambda told, rows=rows: dict(told, rows=rows) for rows in (
         None, 5, [], [1, 2], [-1, 0, 0], [2**40] * 3, [10**30] * 3, [True] * 3, ["1"] * 3, [1.0] * 3, {"0": 1, "1": 1, "2": 1})},
+    "rows too many": lambda told: dict(told, rows=told["rows"] + [1]),
     "no rows": lambda told: {name: told[name] for name in ("checksum", "counts", "shown")},
     **{"%s %r" % (name, value): lambda told, name=name, value=value: dict(told, **{name: value})
        for name in ("checksum", "counts", "shown") for value in (None, 5, -1, "x", [], {})},
