@@ -126,7 +126,7 @@ def _warnings(counts: Dict[str, int], lost: List[str], path: str, seq_len: int) 
     unlearnt = counts.get("nothing_to_learn", 0) + counts.get("dropped", 0)
     if 2 * unlearnt > counts["records"]:  # the last one, which stands out
         found.append(
-            "%s: MOST OF IT IS NOT LEARNT: nothing of %d of %d records; raise data.seq_len (%d), or see what their answers are"
+            "%s: MOST OF IT IS NOT LEARNT: %d of %d records give nothing; raise data.seq_len (%d), or see what their answers are"
             % (path, unlearnt, counts["records"], seq_len)
         )
     return found

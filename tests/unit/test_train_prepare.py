@@ -94,7 +94,7 @@ def test_data_that_is_mostly_lost_is_told_of_behind_its_counts(start, tmp_path):
     (tmp_path / "lost.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [lost] * 9 + [good] * 8))
     start(data={"train": str(tmp_path / "lost.jsonl"), "eval": str(tmp_path / "lost.jsonl"), "seq_len": 128})
     (counts,) = [number for number, line in enumerate(start.said) if "17 records, " in line]
-    (alarm,) = [number for number, line in enumerate(start.said) if "MOST OF IT IS NOT LEARNT: nothing of 9 of 17" in line]
+    (alarm,) = [number for number, line in enumerate(start.said) if "MOST OF IT IS NOT LEARNT: 9 of 17 records give nothing" in line]
     assert alarm > counts and " records, " not in "".join(start.said[alarm:])
 
 
