@@ -123,8 +123,8 @@ def test_data_that_is_mostly_lost_says_so_in_the_last_line(folder, monkeypatch):
     for over_long in ("truncate", "drop"):
         page = run(folder, monkeypatch, *(" ".join(options) % ("lost.jsonl", over_long)).split())
         assert page.splitlines()[-1] == (
-            "warning: lost.jsonl: MOST OF IT IS NOT LEARNT: 3 of 5 records give nothing; raise data.seq_len (128), or see what their "
-            "answers are"
+            "warning: lost.jsonl: MOST OF IT IS NOT LEARNT: 3 of 5 records give nothing; raise data.seq_len (128), or see what "
+            "their answers are"
         )
         assert "MOST" not in run(folder, monkeypatch, *(" ".join(options) % ("half.jsonl", over_long)).split())
     page = run(folder, monkeypatch, "--set", "data.eval=lost.jsonl")
