@@ -14,7 +14,6 @@ during which no save was under way, and of the others.
 import argparse
 import json
 import os
-import random
 import shutil
 import statistics
 import subprocess
@@ -27,25 +26,13 @@ from typing import Any, Callable, Dict, List, Set
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import small_llama  # noqa: E402
 from pipeline_train import metrics  # noqa: E402
-from tests.tokenizers import tiny_tokenizer  # noqa: E402
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> None:
-    """A tokenizer, a llama's config.json, random words to learn, and run.yaml."""
-    tiny_tokenizer(folder / "model")
-    heads = max(1, args.hidden // 64)
-    model = {
-        "model_type": "llama", "vocab_size": 4096, "hidden_size": args.hidden, "intermediate_size": args.hidden * 11 // 4,
-        "num_hidden_layers": args.blocks, "num_attention_heads": heads, "num_key_value_heads": heads, "eos_token_id": 2,
-        "max_position_embeddings": args.seq_len,
-    }  # fmt: skip
-    (folder / "model" / "config.json").write_text(json.dumps(model))
-    chosen, words = random.Random(0), "red green blue one two three the a of and is to colour number answer".split()
-    with open(str(folder / "train.jsonl"), "w") as file:
-        for _ in range(4 * args.steps * args.rows):
-            text = " ".join(chosen.choice(words) for _ in range(args.seq_len // 3))
-            file.write(json.dumps({"type": "pretrain", "text": text}) + "\n")
+    """A small llama, what it learns, and run.yaml."""
+    small_llama.write(folder, args.hidden, args.blocks, args.seq_len, 4 * args.steps * args.rows)
     run = {
         "run": {"out": "-", "self_test": False}, "model": {"path": str(folder / "model"), "init": "random"},
         "data": {"train": str(folder / "train.jsonl"), "seq_len": args.seq_len},
