@@ -135,6 +135,8 @@ def kept(out: Path) -> str:
 
     try:
         newest = manifest.find_checkpoint(out)
+    except manifest.Unreadable as error:
+        return str(error)
     except UserError:
         return "%s: nothing was saved yet; --resume auto starts again. train.save_every sets how often a run is saved" % out
     return "%s: %s is kept; continue with --resume" % (out, newest.name)

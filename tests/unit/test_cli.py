@@ -134,3 +134,16 @@ def test_a_message_that_nobody_reads_ends_nothing():
     done = subprocess.run(["bash", "-c", "%s -c \"$CODE\" 2> >(head -1 >/dev/null)" % sys.executable], cwd=str(ROOT),
                           env=dict(os.environ, CODE=code), stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert done.returncode == 0 and done.stdout == "done\n"
+
+
+def test_what_is_kept_is_not_said_to_be_nothing_when_it_cannot_be_read(tmp_path, monkeypatch):
+    from pipeline_train import manifest
+    from verbs.train import kept
+
+    assert kept(tmp_path).startswith("%s: nothing was saved yet; --resume auto starts again" % tmp_path)
+
+    def unreadable(out):
+        raise manifest.Unreadable("%s: cannot be read: Permission denied" % out)
+
+    monkeypatch.setattr(manifest, "find_checkpoint", unreadable)
+    assert kept(tmp_path) == "%s: cannot be read: Permission denied" % tmp_path
