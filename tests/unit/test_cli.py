@@ -143,7 +143,7 @@ def test_what_is_kept_is_not_said_to_be_nothing_when_it_cannot_be_read(tmp_path,
     assert kept(tmp_path).startswith("%s: nothing was saved yet; --resume auto starts again" % tmp_path)
 
     def unreadable(out):
-        raise manifest.Unreadable("%s: cannot be read: Permission denied" % out)
+        raise manifest.Unreadable(out, PermissionError(13, "Permission denied"))
 
     monkeypatch.setattr(manifest, "find_checkpoint", unreadable)
     assert kept(tmp_path) == "%s: cannot be read: Permission denied" % tmp_path
