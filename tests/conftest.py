@@ -1,8 +1,11 @@
-"""What every test gets: on DeepSpeed 0.9.2, which knows no CPU, an accelerator of our own for this process and all it starts."""
+"""What every test gets: the same examples from hypothesis every time (HYPOTHESIS_PROFILE=default draws others); on DeepSpeed 0.9.2,
+which knows no CPU, an accelerator of our own for this process and all it starts."""
 
 import os
 import sys
 from pathlib import Path
+
+from hypothesis import settings
 
 from pipeline_train import compat
 
@@ -11,3 +14,6 @@ FOLDER = str(Path(__file__).with_name("cpu_accelerator"))
 if not compat.has_cpu_accelerator(compat.versions()["deepspeed"]):
     sys.path.insert(0, FOLDER)
     os.environ["PYTHONPATH"] = os.pathsep.join([FOLDER] + os.environ.get("PYTHONPATH", "").split(os.pathsep)).rstrip(os.pathsep)
+
+settings.register_profile("same", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

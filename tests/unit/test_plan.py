@@ -148,7 +148,8 @@ def test_memory_grows_with_everything_that_makes_more(dims, setup, data):
     base = total(setup)
     for more in (setup._replace(seq_len=2 * setup.seq_len), setup._replace(micro=setup.micro + 1)):
         assert total(more) >= base and kept(more) > kept(setup)  # the total stays where the optimizer's step is its peak
-    assert total(setup, end=end + 1) > base and (kept(setup, end + 1) > kept(setup) or end == dims.layers - 1)  # one layer more
+    if end < dims.layers - 1:  # one block more; a stage with the head sends nothing on, which may weigh more than a tiny head
+        assert total(setup, end=end + 1) > base and kept(setup, end + 1) > kept(setup)
     assert total(setup._replace(micro_batches=setup.micro_batches + 1)) >= base
     assert total(setup._replace(pipe=setup.pipe + 1)) >= base  # one more in flight
     assert total(setup._replace(data=setup.data + 1)) <= base
