@@ -107,16 +107,19 @@ def test_the_board_carries_signs_one_way_and_wishes_the_other():
     env = dict(os.environ, RANK="1", WORLD_SIZE="3", PYTHONPATH=str(ROOT))
     env[SHARED] = str(board.fd)
     rank = subprocess.Popen([sys.executable, "-c", code], env=env, pass_fds=[board.fd])
-    deadline = time.monotonic() + 20
-    while board.sign(1).beats < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert board.sign(1)[1:] == (1, 0, "starting", "") and board.sign(0) == board.sign(2) == (0, 0, 0, "", "")
-    board.wish_save()
-    board.wish_save()
-    board.wish_stop()
-    assert board.wishes() == (1, 2)
-    assert rank.wait(timeout=20) == 0
-    assert board.sign(1)[1:] == (2, 42, "step 42 done", "")
+    try:
+        deadline = time.monotonic() + 20
+        while board.sign(1).beats < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert board.sign(1)[1:] == (1, 0, "starting", "") and board.sign(0) == board.sign(2) == (0, 0, 0, "", "")
+        board.wish_save()
+        board.wish_save()
+        board.wish_stop()
+        assert board.wishes() == (1, 2)
+        assert rank.wait(timeout=20) == 0
+        assert board.sign(1)[1:] == (2, 42, "step 42 done", "")
+    finally:
+        rank.kill()
     board.close()
 
 
