@@ -80,7 +80,7 @@ class Saver:
 
     def __init__(self, pipe: "Pipeline", out: Path, facts: Dict[str, Any]) -> None:
         self.pipe, self.out, self.facts, self.rank = pipe, out, facts, dist.get_rank()
-        self.tick = pipe.watched.pulse.tick  # a sign of life for the launcher
+        self.pulse = pipe.watched.pulse  # signs of life for the launcher
         here = socket.gethostname()
         values = sum(p.numel() for layer in pipe.stage.layers if masters.writes(pipe, layer) for p in named(pipe, layer).values())
         copied = 4 * values * (1 + len(pipe.moments))  # bytes of this rank's files
@@ -106,7 +106,7 @@ class Saver:
             if save.writing is not None:  # the round before, while this one's were read
                 self._all_done(save.writing, wait=True)
                 self._collect(save)
-            save.writing = Job(functools.partial(_write, checkpoint_folder.aside_of(final), files))
+            save.writing = Job(functools.partial(_write, checkpoint_folder.aside_of(final), files, self.pulse.still))
             del files  # the thread lets go of each one when it is written
         self.last, save.began, save.stall = step, began, time.perf_counter() - began
         self._go_on(wait=not behind)
@@ -168,12 +168,13 @@ class Saver:
     def _all_done(self, job: Optional[Job], wait: bool) -> bool:
         """Whether the job is done on every rank; with ``wait`` it is."""
         assert job is not None
+        if wait:
+            self.pulse.tick("saving")  # from here on only the writers' own signs count: a disk that hangs must be found
         while True:
             done = torch.tensor([int(job.done)], device="cuda" if self.pipe.cuda else "cpu")
             dist.all_reduce(done, op=dist.ReduceOp.MIN)
             if done.item() or not wait:
                 return bool(done.item())
-            self.tick("waiting for a checkpoint")
             job.thread.join(WAIT_S)
 
     def _collect(self, save: Save) -> None:
@@ -229,14 +230,15 @@ def _nothing() -> None:
     pass
 
 
-def _write(aside: Path, files: List[File]) -> Dict[str, Any]:
-    """-> their entries in the manifest; ``files`` is empty then. Raises RunFailed."""
+def _write(aside: Path, files: List[File], written: Callable[[], None]) -> Dict[str, Any]:
+    """-> their entries in the manifest; ``files`` is empty then. ``written`` is called after each. Raises RunFailed."""
     entries = {}
     files.reverse()
     while files:
         name, tensors = files.pop()
         try:
             entries[name] = write_file(aside / name, tensors)
+            written()
         except OSError as error:
             raise checkpoint_folder.unwritable(aside / name, aside.parent, error) from None
     return entries

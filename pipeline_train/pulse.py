@@ -88,6 +88,11 @@ class Pulse:
         self.ticks += 1
         struct.pack_into("qq40s", self.board.page, self.place + INT.size, self.ticks, self.steps, doing.encode()[:40])
 
+    def still(self) -> None:
+        """Another thread has got on with what the training thread waits for, or has left to it."""
+        self.ticks += 1
+        INT.pack_into(self.board.page, self.place + INT.size, self.ticks)
+
     def fail(self, error: str) -> None:
         """This rank has failed and waits for the launcher to end everything."""
         struct.pack_into("400s", self.board.page, self.place + ERROR, error.encode("utf-8", "replace")[:400])

@@ -5,16 +5,13 @@ import torch
 
 from pipeline_train import config, families, manifest
 from pipeline_train.models import build_layer
+from pipeline_train.pulse import Board, Pulse
 from tests.models import tiny_config
 
 
-class Pulse:
-    def tick(self, doing):
-        pass
-
-
 class Watched:
-    pulse = Pulse()
+    def __init__(self):
+        self.pulse = Pulse(Board.make(1), 0)
 
 
 class Stage:
@@ -24,13 +21,14 @@ class Stage:
 class Pipe:
     """``train``: keys of run.yaml's section; ``dims``: keys of the tiny model's config.json."""
 
-    cuda, data_rank, loss_scaler, watched = False, 0, None, Watched()
+    cuda, data_rank, loss_scaler = False, 0, None
 
     def __init__(self, family="llama", dims=None, **train):
         self.config = config.parse({
             "run": {"out": "x"}, "model": {"path": "x", "dtype": "fp32"}, "data": {"train": "x"}, "parallel": {"pipe": 1},
             "train": train,
         })  # fmt: skip
+        self.watched = Watched()
         self.dims = families.dims_of(tiny_config(family, **(dims or {})))
         self.stage = Stage()
         self.stage.layers = {layer: build_layer(self.dims, layer) for layer in range(self.dims.layers)}

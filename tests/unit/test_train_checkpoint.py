@@ -106,6 +106,25 @@ def test_a_second_save_waits_for_the_first(out, gate):
     assert finished[0]["stall_s"] > 0.1  # the wait is the first one's: it was not done
 
 
+def test_a_disk_that_hangs_shows_no_signs_of_life_and_one_that_writes_does(out, gate):
+    """Else a run whose disk never answers would wait for ever, ticking."""
+    pipe = Pipe()
+    saver, pulse = checkpoint.Saver(pipe, out, {"data": "d"}), pipe.watched.pulse
+    saver.save(3)
+    seen = []
+
+    def look():
+        seen.append(pulse.ticks)
+        if len(seen) == 2:
+            gate.set()
+
+    for after in (0.5, 1.0):  # WAIT_S is less
+        threading.Timer(after, look).start()
+    saver.finish()
+    assert seen[0] == seen[1] and pulse.board.sign(0).doing == "saving"
+    assert pulse.ticks >= seen[1] + 2 * pipe.dims.layers  # a sign for each file
+
+
 def test_the_same_step_is_saved_once(out):
     pipe = Pipe()
     saver = checkpoint.Saver(pipe, out, {"data": "d"})
