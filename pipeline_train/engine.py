@@ -10,8 +10,9 @@ from . import compat
 from .config_schema import RunConfig
 from .families.base import Dims
 from .instructions import Watched
-from .optimizer import MOMENTS, set_step
+from .manifest import MOMENTS
 from .optimizer import build as optimizer_of
+from .optimizer import set_step
 from .pulse import Pulse
 from .stages import Stage, parameter_groups, topology_of
 

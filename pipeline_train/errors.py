@@ -19,3 +19,7 @@ class RunFailed(RuntimeError):
     def __init__(self, message: str, document: Optional[Dict[str, Any]] = None) -> None:
         super().__init__(message)
         self.document = document or {}
+
+
+class Stopped(RunFailed):
+    """A run that a signal has ended; what it has saved is kept."""

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from .errors import RunFailed, UserError
+from .errors import RunFailed, Stopped, UserError
 from .prepare import Prepared
 from .pulse import FAILED, SHARED, Board
 from .watch import Watch
@@ -121,11 +121,11 @@ class Ranks:
         if self.now and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         if self.now:
-            raise RunFailed("stopped by %s" % name)
+            raise Stopped("stopped by %s" % name)
         if self._failed() or self.summary is None:
             raise RunFailed(self._cause())
         if self.summary.get("stopped"):
-            raise RunFailed("stopped by %s after saving step %d" % (name, self.summary["steps"]))
+            raise Stopped("stopped by %s after saving step %d" % (name, self.summary["steps"]))
         return self.summary
 
     def end(self) -> None:

@@ -16,8 +16,9 @@ from .engine import MicroBatch, Pipeline, StepResult
 from .errors import RunFailed
 from .instructions import NotFinite
 from .loss_scale import OverflowLimit
-from .metrics import Metrics, peak_flops
+from .metrics import Metrics
 from .optimizer import learning_rate
+from .plan.cards import peak_flops
 
 Report = Callable[[Dict[str, Any]], None]  # a progress message, on its way to the terminal
 

@@ -4,7 +4,8 @@ kind "start"  step (done so far), total_steps           a run or a resume begins
 kind "step"   step (1 = the first), loss (mean over the steps since the last line), grad_norm (before clipping), lr,
               tokens and learnt_tokens and samples (of the steps since the last line), tokens_per_s, learnt_tokens_per_s, step_s,
               mem_gib (per stage: peak so far of its largest rank), mfu (null on CPU), epoch,
-              stage_s (per stage: seconds of a step its slowest replica computed), bubble (1 - mean(stage_s) / step_s),
+              stage_s (per stage: seconds of a step its slowest replica computed), bubble (the stages' mean share of waiting in the
+              pipelined part of a step, which ends where gradients are reduced),
               with fp16: loss_scale, skipped (steps since the last line)
 kind "eval"   step, loss, tokens
 kind "save"   step, path, seconds, stall_s (the training stood still), asynchronous
@@ -19,17 +20,6 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
 from .errors import RunFailed
-
-# Dense half-precision peak of one device, FLOP/s, by a part of its name (the vendors' data sheets, no sparsity).
-PEAK_FLOPS = (
-    ("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("B200", 2250e12), ("A100", 312e12), ("A10", 125e12),
-    ("L40S", 362e12), ("L4", 121e12), ("V100", 125e12), ("T4", 65e12),
-)  # fmt: skip
-
-
-def peak_flops(device_name: str) -> float:
-    """0.0 for a device that is not in the table."""
-    return next((flops for part, flops in PEAK_FLOPS if part in device_name), 0.0)
 
 
 class Metrics:

@@ -10,7 +10,6 @@ from . import compat, native
 from .config_schema import Optim
 
 log = logging.getLogger("pipedock")
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}  # optimizer state kept per parameter
 LION_PIECE = 1 << 26  # elements of a Lion update at a time; the Triton kernel numbers them in int32
 
 

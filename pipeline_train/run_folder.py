@@ -5,7 +5,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -25,7 +24,6 @@ _locks: Dict[str, IO[str]] = {}  # open until this process ends: closing the fil
 OURS = {".lock", "metrics.jsonl", "resolved", "checkpoints"}  # any of these makes a folder a run's
 ASIDE, OLD = ".tmp-", ".old-"  # see checkpoint_folder
 PROBE = ASIDE + "probe"
-STEP = re.compile(r"step_[0-9]+")
 FRESH = "Start it with --resume auto, or give run.out another folder."
 
 
@@ -102,7 +100,7 @@ def checkpoints(parent: Path) -> List[Path]:
     """The step_<number> folders in <out>/checkpoints, newest first; whether they are whole is not looked at. Raises UserError
     when that cannot be read."""
     try:
-        found = [path for path in manifest.step_folders(parent) if STEP.fullmatch(path.name) and path.is_dir()]
+        found = [path for path in manifest.step_folders(parent) if manifest_values.STEP.fullmatch(path.name) and path.is_dir()]
     except OSError as error:
         raise manifest.Unreadable(parent, error) from None
     return sorted(found, key=step_of, reverse=True)

@@ -8,8 +8,6 @@ reports how far loss, gradient norm, gradients and the losses of the steps are o
 import json
 import os
 import sys
-import time
-import traceback
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -24,7 +22,8 @@ from .engine import Pipeline
 from .loop import micro_batches
 from .optimizer import learning_rate
 from .plan import bounds
-from .pulse import FAILED, Pulse
+from .pulse import Pulse
+from .random_model import make_model
 from .watch import COMPARING
 
 Rows = Callable[[int], StepRows]  # the rows of a step
@@ -51,25 +50,6 @@ def make_rows(step: int, rows: int, width: int, vocab: int, packed: bool = True)
             end += length
     learnt_tokens = int((targets != -100).sum())
     return StepRows(ids, positions, segments, targets, int((segments > 0).sum()), learnt_tokens, 0, [0])
-
-
-def make_model(raw: Dict[str, Any], folder: Path, seed: int = 0) -> None:
-    """Save a random transformers model of the config.json ``raw``. Norms and biases are random too: a norm that is all ones or
-    a bias that is all zeros would hide mistakes."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = dict(raw)
-    made = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    model = AutoModelForCausalLM.from_config(made).float()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                parameter.copy_(noise * (1.0 if "embed" in name else 1.2 * parameter.shape[1] ** -0.5))
-            else:
-                parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
-    model.save_pretrained(str(folder), safe_serialization=True)
 
 
 def loss_of(model: Any, rows: StepRows) -> torch.Tensor:
@@ -179,7 +159,7 @@ def compare(everyone: List[Dict[str, Any]], wanted: Dict[str, Any], names: Dict[
     }
 
 
-def run_case(case: Dict[str, Any], folder: Path, cuda: bool) -> Dict[str, Any]:
+def run_case(case: Dict[str, Any], folder: Path, cuda: bool, pulse: Pulse) -> Dict[str, Any]:
     """-> compare's figures on rank 0, {} on the others. All ranks together."""
     if dist.get_rank() == 0:
         make_model(case["model"], folder / "model")
@@ -188,7 +168,7 @@ def run_case(case: Dict[str, Any], folder: Path, cuda: bool) -> Dict[str, Any]:
     dims = families.dims_of(families.read_config(run.model.path))
     seq_len = run.data.seq_len
     assert seq_len is not None
-    pipe = Pipeline(run, dims, bounds(dims, run.parallel.pipe, run.parallel.parts, seq_len), cuda)
+    pipe = Pipeline(run, dims, bounds(dims, run.parallel.pipe, run.parallel.parts, seq_len), cuda, pulse)
     checkpoint.start(pipe)
 
     def rows_of(step: int) -> StepRows:
@@ -196,7 +176,7 @@ def run_case(case: Dict[str, Any], folder: Path, cuda: bool) -> Dict[str, Any]:
 
     everyone = [None] * dist.get_world_size()  # type: List[Any]
     mine = piped(pipe, rows_of, case["steps"])
-    pipe.watched.pulse.tick(COMPARING)
+    pulse.tick(COMPARING)
     dist.all_gather_object(everyone, mine)
     if dist.get_rank() != 0:
         return {}
@@ -206,28 +186,17 @@ def run_case(case: Dict[str, Any], folder: Path, cuda: bool) -> Dict[str, Any]:
 
 
 def main() -> None:
-    folder, rank, pulse = Path(sys.argv[1]), int(os.environ["RANK"]), Pulse.inherited()
-    worker.die_with_parent()
-    worker.listen(pulse, folder / ("rank_%d.stacks" % rank))
-    pulse.start_beating()
-    pulse.tick("starting")
-    try:
+    folder = Path(sys.argv[1])
+
+    def work(pulse: Pulse) -> Dict[str, Any]:
         cuda = os.environ.get("DS_ACCELERATOR") != "cpu"
         engine.connect(cuda, int(os.environ["LOCAL_RANK"]))
         cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
-        figures = [run_case(case, folder / ("case_%d" % number), cuda) for number, case in enumerate(cases)]
+        figures = [run_case(case, folder / ("case_%d" % number), cuda, pulse) for number, case in enumerate(cases)]
         dist.barrier()
-    except Exception as error:  # noqa: BLE001 - the process boundary: whatever it was, the launcher shows its one line
-        traceback.print_exc()
-        line = " ".join(str(error).split()) or type(error).__name__
-        (folder / ("rank_%d.error" % rank)).write_text(line[:1000] + "\n", encoding="utf-8")
-        sys.stderr.flush()
-        pulse.tick(FAILED)
-        time.sleep(worker.HOLD_S)  # see worker.main
-        os._exit(1)  # not sys.exit: a communication thread may wait for a rank that is gone
-    if rank == 0:
-        worker.report({"done": {"figures": figures}})
-    worker.leave()
+        return {"figures": figures}
+
+    worker.answer_for(folder, work)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Callable, Dict
 
 from .pulse import Pulse
 
@@ -43,33 +43,37 @@ def listen(pulse: Pulse, stacks: Path) -> None:
     faulthandler.register(signal.SIGUSR2, file=open(str(stacks), "w"), all_threads=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--total-steps", required=True, type=int)
-    parser.add_argument("--resume", type=Path)
-    args = parser.parse_args()
+def answer_for(folder: Path, work: Callable[[Pulse], Dict[str, Any]]) -> None:
+    """All of this process: ``work`` -> the summary that rank 0 gives the launcher. Stacks and errors go into ``folder``."""
+    rank, pulse = int(os.environ["RANK"]), Pulse.inherited()
     die_with_parent()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
-    rank = int(os.environ["RANK"])
-    pulse = Pulse.inherited()
-    listen(pulse, args.out / "logs" / ("rank_%d.stacks" % rank))
+    listen(pulse, folder / ("rank_%d.stacks" % rank))
     pulse.start_beating()
     pulse.tick("starting")
     try:
-        summary = train(args.out, args.total_steps, args.resume, pulse)
+        summary = work(pulse)
     except Exception as error:  # noqa: BLE001 - the process boundary: whatever it was, the launcher shows its one line
         traceback.print_exc()
         line = " ".join(str(error).split()) or type(error).__name__
         pulse.fail(line)
         with contextlib.suppress(OSError):  # a full disk; the launcher has the line already, if a little shorter
-            (args.out / "logs" / ("rank_%d.error" % rank)).write_text(line[:1000] + "\n", encoding="utf-8")
+            (folder / ("rank_%d.error" % rank)).write_text(line[:1000] + "\n", encoding="utf-8")
             sys.stderr.flush()
         time.sleep(HOLD_S)  # leaving now would break the others' connections: they could not show any more where they were
         os._exit(1)  # not sys.exit: a communication thread may wait for a rank that is gone
     if rank == 0:
         report({"done": summary})
     leave()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--total-steps", required=True, type=int)
+    parser.add_argument("--resume", type=Path)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    answer_for(args.out / "logs", lambda pulse: train(args.out, args.total_steps, args.resume, pulse))
 
 
 def leave() -> None:

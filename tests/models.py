@@ -4,6 +4,8 @@ import warnings
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
+from pipeline_train.random_model import make_model
+
 BASE = {
     "llama": {
         "model_type": "llama",
@@ -109,26 +111,8 @@ def tiny_config(family: str, **overrides: Any) -> Dict[str, Any]:
 
 
 def make_hf(directory: Union[str, Path], config: Dict[str, Any], seed: int = 0, tokenizer: Any = None) -> Any:
-    """Save a random model of ``config`` as a transformers folder (safetensors, fp32) and return it in eval mode.
-
-    Every parameter is random and large enough to matter: a norm that is all ones or a bias that is all zeros would hide mistakes.
-    ``tokenizer`` (anything with save_pretrained) is saved beside it.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = dict(config)
-    made = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    model = AutoModelForCausalLM.from_config(made).float().eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                parameter.copy_(noise * (1.0 if "embed" in name else 1.2 * parameter.shape[1] ** -0.5))
-            else:
-                parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
-    model.save_pretrained(str(directory), safe_serialization=True)
+    """random_model.make_model; ``tokenizer`` (anything with save_pretrained) is saved beside it."""
+    model = make_model(config, directory, seed)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
     return model

@@ -53,10 +53,10 @@ def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
 def _nothing_to_save() -> Iterator[None]:
     """Before and after the ranks' lifetime there is nothing to save: SIGUSR1 is ignored, by the ranks too until they listen,
     and SIGTERM ends the command with a line of its own."""
-    from pipeline_train.errors import RunFailed
+    from pipeline_train.errors import Stopped
 
     def stopped(number: int, frame: Any) -> None:
-        raise RunFailed("stopped by SIGTERM")
+        raise Stopped("stopped by SIGTERM")
 
     before = [(n, signal.signal(n, handler)) for n, handler in ((signal.SIGUSR1, signal.SIG_IGN), (signal.SIGTERM, stopped))]
     try:
@@ -104,7 +104,7 @@ def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
 
 def _launch(prepared: Any, keeper: Any) -> Dict[str, Any]:
     """Train, shown on the terminal and in report.html, however it ends; -> the summary."""
-    from pipeline_train.errors import RunFailed
+    from pipeline_train.errors import RunFailed, Stopped
     from pipeline_train.launch import launch
 
     run = prepared.config
@@ -118,8 +118,8 @@ def _launch(prepared: Any, keeper: Any) -> Dict[str, Any]:
         summary = launch(prepared, show)
     except (RunFailed, KeyboardInterrupt) as error:
         progress.close()
-        wished = str(error).startswith("stopped by ")  # a signal
-        keeper.end("interrupted" if isinstance(error, KeyboardInterrupt) else "stopped" if wished else "failed", str(error))
+        state = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped" if isinstance(error, Stopped) else "failed"
+        keeper.end(state, str(error))
         say(kept(prepared.out))
         raise
     finally:

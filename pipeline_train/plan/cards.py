@@ -97,6 +97,14 @@ def from_cuda(device: str, gib: float) -> Optional[str]:
     return None
 
 
+def peak_flops(device: str) -> float:
+    """Dense half-precision FLOP/s of a card as CUDA names it; 0.0 where it is not in the table."""
+    if "H100 PCIe" in device:  # slower than the others of that name
+        return 756e12
+    names = next((names for part, names in CUDA_NAMES if part in device), None)
+    return GPUS[names[0]].tflops * 1e12 if names else 0.0
+
+
 def usable(name: str) -> float:
     """GiB of a card that torch may have: all but the context and the reserve."""
     gib = GPUS[name].gib

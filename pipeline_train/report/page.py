@@ -133,7 +133,8 @@ def curve_charts(curves: Curves) -> Charts:
     wanted.append(("Time of a step", "seconds", [curve("step", "c", series["step_s"], "line", BUCKETS // 2)], True))
     mfu = [curve("MFU", "d", series["mfu"], "line", BUCKETS // 2)]
     wanted.append(("Model FLOPs utilisation", "share of the devices' peak", mfu, True))
-    wanted.append(("Pipeline bubble", "share of a step", [curve("bubble", "b", series["bubble"], "line", BUCKETS // 2)], True))
+    bubble = [curve("bubble", "b", series["bubble"], "line", BUCKETS // 2)]
+    wanted.append(("Pipeline bubble", "share of pipelined time", bubble, True))
     wanted.append(("Loss scale (fp16)", "loss scale", loss_scale(curves), False))
     return [chart(name, unit, lines, marks, zero) for name, unit, lines, zero in wanted if any(len(line.steps) for line in lines)]
 

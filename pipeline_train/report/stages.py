@@ -54,7 +54,7 @@ def bubble(curves: Curves, run: Optional[RunConfig]) -> str:
     schedule = "(P-1)/(M+P-1) = %d/%d = %.1f %%" % (stages - 1, micro + stages - 1, 100 * ideal)
     line = "Idle time of the schedule with P = %d stages and M = %d micro-batches: %s." % (stages, micro, schedule)
     if measured is not None:
-        line = "Bubble measured: %.1f %% of a step, the stages' mean. %s" % (100 * measured, line)
+        line = "Bubble measured: %.1f %% of the pipelined part of a step, the stages' mean. %s" % (100 * measured, line)
     return '<p class="bubble">%s</p>' % text(line)
 
 

@@ -17,7 +17,7 @@ ROWS = [
      "data.records", "data.shapes", "data.files", "data.json_text", "data.template"},
     {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder", "checkpoint_folder", "loss_scale"},
     {"compat"},
-    {"models", "data", "plan"},
+    {"models", "data", "plan", "random_model"},
     {"stages", "weights", "instructions"},
     {"engine", "optimizer", "checkpoint", "masters", "metrics", "sinks"},
     {"loop", "worker", "selftest"},
@@ -29,7 +29,14 @@ SERVE_MAY = {"errors", "families", "manifest", "proof", "config", "data.template
 LIBRARIES = {  # library -> where it may be imported
     "deepspeed": tuple("pipeline_train/%s.py" % name for name in ("compat", "stages", "engine", "optimizer"))
     + ("serve/ds_generate.py",),
-    "transformers": ("pipeline_train/data/encode.py", "pipeline_train/selftest.py", "export/", "serve/embedded/", "serve/prove.py"),
+    "transformers": (
+        "pipeline_train/data/encode.py",
+        "pipeline_train/selftest.py",
+        "pipeline_train/random_model.py",
+        "export/",
+        "serve/embedded/",
+        "serve/prove.py",
+    ),
     "torch": ("pipeline_train/", "export/", "serve/embedded/", "serve/ds_generate.py"),
     "docker": ("serve/",),
 }

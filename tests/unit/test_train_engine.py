@@ -4,7 +4,8 @@ import pytest
 
 pytest.importorskip("deepspeed")
 from pipeline_train import config, engine, loop, optimizer  # noqa: E402
-from pipeline_train.metrics import Metrics, peak_flops, read  # noqa: E402
+from pipeline_train.metrics import Metrics, read  # noqa: E402
+from pipeline_train.plan.cards import peak_flops  # noqa: E402
 
 
 def run(**sections):

@@ -121,7 +121,7 @@ def supervisor(logs, body):
 
 
 @pytest.mark.parametrize("number, last_line", [
-    (signal.SIGTERM, "pipeline_train.errors.RunFailed: stopped by SIGTERM"), (signal.SIGINT, "KeyboardInterrupt"),
+    (signal.SIGTERM, "pipeline_train.errors.Stopped: stopped by SIGTERM"), (signal.SIGINT, "KeyboardInterrupt"),
 ])  # fmt: skip
 def test_a_signal_to_the_launcher_ends_the_ranks(tmp_path, number, last_line):
     parent = supervisor(tmp_path, "signal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)")

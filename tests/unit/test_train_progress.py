@@ -157,7 +157,7 @@ from pathlib import Path
 from types import SimpleNamespace as Fake
 sys.path.insert(0, %(root)r)
 import pipedock
-from pipeline_train.errors import RunFailed
+from pipeline_train.errors import RunFailed, Stopped
 
 def prepared(loaded, *unused):
     out = Path(loaded.run.out)
@@ -212,5 +212,5 @@ def test_a_finished_run_names_its_report(tmp_path):
 
 
 def test_a_run_stopped_by_a_signal_is_not_called_failed(tmp_path):
-    ended, report = trained_in_a_terminal(tmp_path, "raise RunFailed('stopped by SIGTERM after saving step 12')")
+    ended, report = trained_in_a_terminal(tmp_path, "raise Stopped('stopped by SIGTERM after saving step 12')")
     assert ended.code == 1 and ">stopped</span>" in report
