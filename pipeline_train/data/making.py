@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import IO, Any, Dict, Optional, Tuple
 
 import numpy as np
 
@@ -75,16 +75,19 @@ class Work:
         self.progress.start("reading", self.size)
         try:
             with self.path.open("rb") as file:
-                for number in itertools.count(1):
-                    piece = file.read(PIECE)
-                    if not piece:
-                        break
-                    found.update(piece)
-                    self.progress.at(number * PIECE)
+                self._hash(file, found, 0)
         except OSError as error:
             raise UserError("%s: cannot be read: %s" % (self.name, error.strerror or error)) from None
         rules = [self.path.suffix.lower(), self.seq_len, self.data.on_bad, self.data.over_long, VERSION, packing.VERSION]
         return _digest([found.hexdigest(), self.codec.fingerprint()] + rules)[:32]
+
+    def _hash(self, file: IO[bytes], found: Any, done: int) -> int:
+        """Hash the rest of a file; ``done`` bytes before it count for the bar. -> those and its own."""
+        for piece in iter(lambda: file.read(PIECE), b""):
+            found.update(piece)
+            done += len(piece)
+            self.progress.at(done)
+        return done
 
     def _whole(self, folder: Path, prefix: str, facts: Dict[str, Any]) -> bool:
         """Whether the arrays are those that were written, to the last byte."""
@@ -98,13 +101,7 @@ class Work:
                 with path.open("rb") as file:
                     if file.read(len(head)) != head:
                         return False
-                    while True:
-                        piece = file.read(PIECE)
-                        if not piece:
-                            break
-                        found.update(piece)
-                        done += len(piece)
-                        self.progress.at(done)
+                    done = self._hash(file, found, done)
                 if found.hexdigest() != facts["sha256"][name]:
                     return False
         except OSError:
