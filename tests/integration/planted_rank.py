@@ -6,6 +6,7 @@ weights moved, and the loss scale afterwards. Reads FOLDER/run.json, a run.yaml 
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -66,6 +67,25 @@ def as_fp16(planted, scale, window, hysteresis, least):
     planted.pipe.watched.fp16 = True
 
 
+def stopped_and_resumed(made, out, model):
+    """The storm, saved after 5 steps and gone on with by another pipeline, whose scaler begins elsewhere."""
+    from pipeline_train import checkpoint
+
+    if dist.get_rank() == 0:
+        (out / "resolved").mkdir(parents=True)
+        shutil.copytree(model, str(out / "resolved" / "model"))
+    dist.barrier()
+    first, rest = made(), made()
+    as_fp16(first, 1024.0, 2, 2, 256.0)
+    seen = first.go(5)
+    saver = checkpoint.Saver(first.pipe, out, {})
+    saver.save(5)
+    saver.finish()
+    as_fp16(rest, 65536.0, 2, 2, 256.0)
+    rest.step = checkpoint.load(rest.pipe, checkpoint.folder(out, 5))
+    return seen + rest.go(4)
+
+
 def infinite_loss(logits, targets):
     """The gradient of this is zero everywhere."""
     return logits.float().sum() * 0.0 + float("inf")
@@ -103,6 +123,7 @@ def main():
     stormy = make(1, float("inf"), [1, 2, 3])
     as_fp16(stormy, 1024.0, 2, 2, 256.0)
     keep("fp16-storm", stormy.go(9))
+    keep("fp16-resumed", stopped_and_resumed(lambda: make(1, float("inf"), [1, 2, 3]), folder / "run", raw["model"]["path"]))
     free = make(0, 0.0, [], clip=0.0)
     free.go(4)
     doubling = make(0, 0.0, [], clip=0.0)

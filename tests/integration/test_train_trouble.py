@@ -66,6 +66,13 @@ def test_the_loss_scale_is_in_the_gradients_and_out_again(planted):
             assert b[:2] == pytest.approx(a[:2], rel=1e-5) and b[2:4] == [False, True] and b[4] == 1024.0
 
 
+def test_the_loss_scaler_counts_on_across_a_resume(planted):
+    """Saved between two doublings: a scaler that began anew would double a step later."""
+    for whole, resumed in zip(planted("fp16-storm"), planted("fp16-resumed")):
+        assert [entry[2:] for entry in resumed] == [entry[2:] for entry in whole]
+        assert [entry[0] for entry in resumed] == pytest.approx([entry[0] for entry in whole], rel=1e-6)
+
+
 def test_a_step_that_doubles_the_scale_uses_the_whole_gradient(planted):
     """Without clipping; DeepSpeed alone would divide by the doubled scale."""
     for seen, differences in zip(planted("fp16-doubling"), planted("moments")):
