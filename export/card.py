@@ -23,8 +23,7 @@ COUNTS = ("records", "bad", "truncated", "dropped", "nothing_to_learn", "tokens"
 
 def write(folder: Path, source: Source, about: Dict[str, Any], name: str) -> None:
     """README.md, the loss curve and the base model's licence files into the export ``folder``. ``about``: target, dtype, step,
-    versions;
-    ``name``: the title where the run has none.     OSError passes through."""
+    versions; ``name``: the title where the run has none. Raises OSError."""
     run = _run_of(source)
     settings = _yaml(run / "resolved" / "run.yaml") if run else {}
     base = _base(source, settings)

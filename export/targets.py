@@ -3,8 +3,7 @@
 Sources (file:line at the tag, of huggingface/text-generation-inference unless another project is named):
 
     tgi-0.8   S/models/flash_llama.py:44,57-62@v0.8.2 .bin files and the slow LlamaTokenizer for llama with flash attention;
-    S/cli.py:139-151
-              safetensors as well, or the folder must be writable; no tied llama head: lm_head.weight is looked up by name (the
+              S/cli.py:139-151 safetensors as well, or the folder must be writable; no tied llama head: lm_head.weight is looked up by name (the
               same file); its transformers (fork 6900982, 4.30 in development) has no grouped queries, no rotary base or scaling,
               no biases, no head_dim in LlamaConfig, and ignores the keys; bloom: S/models/bloom.py:149-153,257-259, either key
               layout with lm_head.weight
@@ -12,8 +11,7 @@ Sources (file:line at the tag, of huggingface/text-generation-inference unless a
               custom_modeling/bloom_modeling.py:823-827: its head is always the embedding, a lm_head.weight in the file is not read;
               R/server.rs:1607-1689: chat template from tokenizer_config.json, chat_template.jinja is not read
     vllm      vllm-project/vllm, vllm/model_executor/models/bloom.py, BloomForCausalLM.load_weights: skips lm_head.weight, and a
-    head that
-              is not tied would keep its random start; keys with or without "transformer."
+              head that is not tied would keep its random start; keys with or without "transformer."
     hf        transformers 4.30 to 5: refuses bare bloom keys beside lm_head.weight as corrupted; ties again, silently, unless
               config.json says tie_word_embeddings false; the tokenizers of 4.30 reads merges as "a b" only, later ones both
 

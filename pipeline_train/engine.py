@@ -13,6 +13,7 @@ from .instructions import Watched
 from .manifest import MOMENTS
 from .optimizer import build as optimizer_of
 from .optimizer import set_step
+from .plan.memory import REDUCE_BUCKET
 from .pulse import Pulse
 from .stages import Stage, parameter_groups, topology_of
 
@@ -45,7 +46,7 @@ def deepspeed_config(config: RunConfig, cuda: bool) -> Dict[str, Any]:
         "steps_per_print": NEVER,
         # Stage 0 clips an fp32 pipeline by the norm of each stage alone.
         # A pipeline reduces once per step, so collecting gradients in a bucket during the backward pass only costs.
-        "zero_optimization": {"stage": 1, "reduce_bucket_size": 50_000_000, "contiguous_gradients": False},
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": REDUCE_BUCKET, "contiguous_gradients": False},
         "zero_allow_untested_optimizer": True,  # lion-pytorch
     }  # type: Dict[str, Any]
     if dtype == "bf16":

@@ -8,9 +8,9 @@ import torch
 
 from . import compat, native
 from .config_schema import Optim
+from .plan.memory import LION_PIECE
 
 log = logging.getLogger("pipedock")
-LION_PIECE = 1 << 26  # elements of a Lion update at a time; the Triton kernel numbers them in int32
 
 
 def learning_rate(optim: Optim, step: int, total: int) -> float:

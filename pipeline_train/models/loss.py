@@ -5,8 +5,9 @@ from typing import Any, Tuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..plan.memory import LOSS_CHUNK as CHUNK
+
 IGNORE = -100  # a target that is not learnt
-CHUNK = 1 << 24  # logits converted to fp32 at a time: 64 MiB
 
 
 class _TokenLoss(torch.autograd.Function):

@@ -21,10 +21,10 @@ from .activations import FAMILIES_KEEP, Shape
 
 GIB = 2**30
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
-LOSS_CHUNK = 1 << 24  # models/loss.py: logits in fp32 at a time; two such copies while the gradient is made
+LOSS_CHUNK = 1 << 24  # for models/loss.py: logits in fp32 at a time, 64 MiB; two such copies while the gradient is made
 ONE_BUCKET = 500_000_000  # BF16_Optimizer averages both groups as one copy where they have fewer elements (engine.py of DeepSpeed)
-REDUCE_BUCKET = 50_000_000  # engine.py: zero_optimization.reduce_bucket_size, elements
-LION_PIECE = 1 << 26  # optimizer.py: elements of a Lion update at a time, two fp32 temporaries
+REDUCE_BUCKET = 50_000_000  # for engine.py: zero_optimization.reduce_bucket_size, elements
+LION_PIECE = 1 << 26  # for optimizer.py: elements of a Lion update, two fp32 temporaries; its Triton kernel numbers them in int32
 WORKSPACE = 32 * 2**20  # cuBLAS, per process and stream, from torch's allocator
 
 
