@@ -3,10 +3,10 @@
 Sources (file:line at the tag, of huggingface/text-generation-inference unless another project is named):
 
     tgi-0.8   S/models/flash_llama.py:44,57-62@v0.8.2 .bin files and the slow LlamaTokenizer for llama with flash attention;
-              S/cli.py:139-151 safetensors as well, or the folder must be writable; no tied llama head: lm_head.weight is looked up by name (the
-              same file); its transformers (fork 6900982, 4.30 in development) has no grouped queries, no rotary base or scaling,
-              no biases, no head_dim in LlamaConfig, and ignores the keys; bloom: S/models/bloom.py:149-153,257-259, either key
-              layout with lm_head.weight
+              S/cli.py:139-151 safetensors as well, or the folder must be writable; no tied llama head: lm_head.weight is looked
+              up by name (the same file); its transformers (fork 6900982, 4.30 in development) has no grouped queries, no rotary
+              base or scaling, no biases, no head_dim in LlamaConfig, and ignores the keys; bloom:
+              S/models/bloom.py:149-153,257-259, either key layout with lm_head.weight
     tgi-3     S/models/causal_lm.py:560-568 and S/utils/weights.py:177-192@v3.3.7: bloom under bare keys only;
               custom_modeling/bloom_modeling.py:823-827: its head is always the embedding, a lm_head.weight in the file is not read;
               R/server.rs:1607-1689: chat template from tokenizer_config.json, chat_template.jinja is not read
