@@ -12,7 +12,7 @@ PACKAGES = ("pipeline_train", "export", "serve", "verbs")
 
 # Lowest first: a module may import its own row and the rows above it in this list.
 ROWS = [
-    {"errors", "pulse", "watch", "hostfile", "place"},
+    {"errors", "pulse", "watch", "hostfile", "place", "network"},
     {"families", "manifest", "manifest_values", "proof", "host", "native",
      "data.records", "data.shapes", "data.files", "data.json_text", "data.template"},
     {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder", "checkpoint_folder", "loss_scale"},
