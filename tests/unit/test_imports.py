@@ -13,11 +13,11 @@ PACKAGES = ("pipeline_train", "export", "serve", "verbs")
 # Lowest first: a module may import its own row and the rows above it in this list.
 ROWS = [
     {"errors", "pulse", "watch", "hostfile", "place", "network"},
-    {"families", "manifest", "manifest_values", "proof", "host", "native",
+    {"families", "manifest", "manifest_values", "proof", "host", "native", "content",
      "data.records", "data.shapes", "data.files", "data.json_text", "data.template"},
     {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder", "checkpoint_folder", "loss_scale"},
     {"compat"},
-    {"models", "data", "plan", "random_model"},
+    {"models", "data", "plan", "random_model", "identity"},
     {"stages", "weights", "instructions"},
     {"engine", "optimizer", "checkpoint", "masters", "metrics", "sinks"},
     {"loop", "worker", "selftest"},
@@ -25,7 +25,7 @@ ROWS = [
     {"launch", "report", "selftest_run"},
 ]  # fmt: skip
 EXPORT_MAY = {"errors", "families", "manifest", "proof", "host", "config", "models", "weights", "data.template"}
-SERVE_MAY = {"errors", "families", "manifest", "proof", "config", "data.template"}
+SERVE_MAY = {"errors", "families", "manifest", "proof", "config", "compat", "data.template"}
 LIBRARIES = {  # library -> where it may be imported
     "deepspeed": tuple("pipeline_train/%s.py" % name for name in ("compat", "stages", "engine", "optimizer"))
     + ("serve/ds_generate.py",),
@@ -35,6 +35,7 @@ LIBRARIES = {  # library -> where it may be imported
         "pipeline_train/random_model.py",
         "export/",
         "serve/embedded/",
+        "serve/ds_generate.py",
         "serve/prove.py",
     ),
     "torch": ("pipeline_train/", "export/", "serve/embedded/", "serve/ds_generate.py"),
