@@ -12,10 +12,11 @@ PACKAGES = ("pipeline_train", "export", "serve", "verbs")
 
 # Lowest first: a module may import its own row and the rows above it in this list.
 ROWS = [
-    {"errors", "pulse", "watch", "hostfile", "place", "network"},
-    {"families", "manifest", "manifest_values", "proof", "host", "native", "content",
+    {"errors", "pulse", "watch", "hostfile", "place", "link", "joining", "control", "network"},
+    {"families", "manifest", "manifest_values", "manifest_where", "proof", "host", "native", "content",
      "data.records", "data.shapes", "data.files", "data.json_text", "data.template"},
-    {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder", "checkpoint_folder", "loss_scale"},
+    {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder", "checkpoint_folder", "checkpoint_job",
+     "scattered", "gather", "loss_scale"},
     {"compat"},
     {"models", "data", "plan", "random_model", "identity"},
     {"stages", "weights", "instructions"},

@@ -1,0 +1,313 @@
+"""The control channel, with threads on the loopback interface for nodes: joining, messages, and every way in which a node goes."""
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+
+import pytest
+
+from pipeline_train import joining, link
+from pipeline_train.control import Channel, NodeGone
+from pipeline_train.errors import RunFailed, UserError
+from tests.free_port import free_port
+
+
+class Cluster:
+    """``work(channel)`` on every node at once. ``results``: what each returned or raised; ``said``: its lines."""
+
+    def __init__(self, nodes, wait_s=20.0):
+        self.nodes, self.wait_s, self.port = nodes, wait_s, free_port()
+        self.results, self.said, self.threads = {}, {node: [] for node in range(nodes)}, []
+
+    def start(self, node, work, nodes=None, name=None, slot=None):
+        def body():
+            try:
+                channel = Channel.open(
+                    node, nodes or self.nodes, "127.0.0.1", self.port, name or "box%d" % node, self.wait_s, self.said[node].append
+                )
+                try:
+                    self.results[slot or node] = work(channel)
+                except Exception as error:
+                    channel.close(error)
+                    raise
+                channel.close()
+            except Exception as error:  # noqa: BLE001 - the test looks at it
+                self.results[slot or node] = error
+
+        self.threads.append(threading.Thread(target=body))
+        self.threads[-1].start()
+
+    def join(self):
+        for thread in self.threads:
+            thread.join(40)
+        assert not any(thread.is_alive() for thread in self.threads)
+        return self.results
+
+    def run(self, work):
+        for node in range(self.nodes):
+            self.start(node, work)
+        return self.join()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(link, "BEAT_S", 0.1)
+    monkeypatch.setattr(link, "SILENT_S", 1.0)
+    monkeypatch.setattr(joining, "FIRST_S", 0.2)
+
+
+def test_every_node_gets_what_every_node_has_and_knows_the_names():
+    found = Cluster(3).run(lambda channel: (channel.exchange({"n": channel.node}), channel.exchange({"again": 1}), channel.names))
+    wanted = ([{"n": 0}, {"n": 1}, {"n": 2}], [{"again": 1}] * 3, ["box0", "box1", "box2"])
+    assert found == dict.fromkeys(range(3), wanted)
+
+
+def test_one_node_talks_to_itself():
+    channel = Channel.open(0, 1, "nowhere.invalid", 1, "box", 1.0, print)
+    assert channel.exchange({"a": 1}) == [{"a": 1}] and channel.named(0) == "node 0 (box)"
+    channel.close()
+
+
+def test_bytes_go_both_ways_in_their_order_and_nobody_runs_ahead_of_the_reader():
+    sizes = [0, 1, 5 << 20, 3, 1 << 20, 7, 9, 11]
+    ahead = []
+
+    def work(channel):
+        if channel.node:
+            for number, size in enumerate(sizes):
+                channel.send(0, {"number": number}, bytes([number]) * size)
+                ahead.append(number)
+            return channel.receive(0)
+        time.sleep(0.5)
+        seen = len(ahead)
+        found = [channel.receive(1) for _ in sizes]
+        channel.send(1, {"thanks": True}, b"x")
+        return found, seen
+
+    found = Cluster(2).run(work)
+    received, seen = found[0]
+    assert received == [({"number": n}, bytes([n]) * size) for n, size in enumerate(sizes)] and seen == link.WINDOW
+    assert found[1] == ({"thanks": True}, b"x")
+
+
+def test_the_newest_state_is_seen_without_waiting():
+    def work(channel):
+        if channel.node:
+            for number in range(50):
+                channel.post({"number": number})
+            channel.exchange({})
+            return channel.posted(0)
+        assert channel.posted(1) is None or "number" in channel.posted(1)
+        channel.post({"wish": 1})
+        channel.exchange({})
+        return channel.posted(1)
+
+    assert Cluster(2).run(work) == {0: {"number": 49}, 1: {"wish": 1}}
+
+
+def test_who_is_missing_is_said_and_in_the_end_told_to_those_who_came(quick):
+    cluster = Cluster(3, wait_s=1.5)
+    cluster.start(0, lambda channel: None)
+    cluster.start(2, lambda channel: None)
+    found = cluster.join()
+    line = "node 1 has not come to 127.0.0.1:%d within 1 s. Start pipedock train there with --node-rank" % cluster.port
+    assert isinstance(found[0], RunFailed) and str(found[0]).startswith(line)
+    assert isinstance(found[2], RunFailed) and str(found[2]).startswith("node 0 (box0): " + line)
+    assert cluster.said[0][0].startswith("waiting at 127.0.0.1:%d for node 1" % cluster.port)
+
+
+def test_a_node_waits_for_node_0_and_says_what_it_waits_for(quick):
+    cluster = Cluster(2, wait_s=1.2)
+    cluster.start(1, lambda channel: None)
+    error = cluster.join()[1]
+    assert isinstance(error, RunFailed)
+    assert str(error).startswith("node 0 does not answer at 127.0.0.1:%d within 1 s (Connection refused)." % cluster.port)
+    assert cluster.said[1] == ["waiting for node 0 at 127.0.0.1:%d (Connection refused)" % cluster.port]
+
+
+def test_the_order_of_starting_does_not_matter():
+    cluster = Cluster(2)
+    cluster.start(1, lambda channel: channel.exchange({"n": 1}))
+    time.sleep(0.8)
+    cluster.start(0, lambda channel: channel.exchange({"n": 0}))
+    assert cluster.join() == {0: [{"n": 0}, {"n": 1}], 1: [{"n": 0}, {"n": 1}]}
+
+
+def test_launchers_that_do_not_belong_together_are_refused_and_the_right_ones_still_come_in():
+    cluster = Cluster(3)
+    cluster.start(0, lambda channel: channel.exchange({}))
+    cluster.start(1, lambda channel: channel.exchange({}))
+    time.sleep(0.5)
+    cluster.start(2, lambda channel: None, nodes=4, slot="four")
+    cluster.start(1, lambda channel: None, name="twin", slot="twin")
+    cluster.threads[2].join(20)
+    cluster.threads[3].join(20)
+    cluster.start(2, lambda channel: channel.exchange({}))
+    found = cluster.join()
+    assert isinstance(found["four"], UserError)
+    assert str(found["four"]) == "node 2 (box2) was started with --nodes 4, node 0 (box0) with --nodes 3"
+    assert isinstance(found["twin"], UserError)
+    assert str(found["twin"]) == "two launchers are node 1: box1 and twin; give each its own --node-rank"
+    assert found[0] == found[1] == found[2] == [{}, {}, {}]
+    assert str(found["four"]) in cluster.said[0]
+
+
+def test_another_version_is_refused(monkeypatch):
+    cluster = Cluster(2, wait_s=2.0)
+    cluster.start(0, lambda channel: None)
+    with knock(cluster.port) as sock:
+        link.write_frame(sock, {"kind": "hello", "protocol": 0, "node": 1, "nodes": 2, "name": "old"})
+        answer = link.read_frame(sock)[0]
+    assert answer["line"] == "node 1 (old) has another version of pipedock than node 0 (box0)"
+    cluster.join()
+
+
+def knock(port):
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=10)
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("data", [
+    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"", link.HEAD.pack(link.MAGIC, 2, 0) + b"[]", struct.pack(">4sIQ", b"pdk1", 2**31, 0),
+    link.HEAD.pack(link.MAGIC, 2, 0) + b"{}",
+])  # fmt: skip
+def test_strangers_are_ignored(data):
+    cluster = Cluster(2)
+    cluster.start(0, lambda channel: channel.exchange({}))
+    with knock(cluster.port) as sock:
+        sock.sendall(data)
+        with contextlib.suppress(OSError):  # it is quicker
+            sock.shutdown(socket.SHUT_WR)
+            assert sock.recv(1) == b""
+    cluster.start(1, lambda channel: channel.exchange({}))
+    assert cluster.join() == {0: [{}, {}], 1: [{}, {}]}
+    assert cluster.said[0] == ["a connection from 127.0.0.1 was no pipedock train; ignored"]
+
+
+def test_a_node_that_goes_while_others_are_missing_may_come_again():
+    cluster = Cluster(3)
+    cluster.start(0, lambda channel: channel.names)
+    with knock(cluster.port) as sock:
+        link.write_frame(sock, {"kind": "hello", "protocol": joining.PROTOCOL, "node": 1, "nodes": 3, "name": "first"})
+        link.read_frame(sock)  # a beat: it is in
+    deadline = time.monotonic() + 10
+    while "node 1 (first) has gone again" not in cluster.said[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    cluster.start(1, lambda channel: None, name="second")
+    cluster.start(2, lambda channel: None)
+    assert cluster.join()[0] == ["box0", "second", "box2"]
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_closed_connection_is_a_dead_node_on_every_node(victim, quick):
+    def work(channel):
+        if channel.node == victim:
+            channel.exchange({})
+            channel.closed = True
+            for one in channel.links.values():
+                one.close()  # as the kernel does for a process that is killed
+            return None
+        channel.exchange({})
+        return channel.exchange({})
+
+    found = Cluster(3).run(work)
+    for node in {0, 1, 2} - {victim}:
+        assert isinstance(found[node], NodeGone) and found[node].node == victim
+        assert str(found[node]).startswith("node %d (box%d) is gone: its connection was closed" % (victim, victim))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_silent_node_is_a_dead_node(victim, quick):
+    """A pulled cable or a stopped machine: the connection stays, nothing comes."""
+
+    def work(channel):
+        channel.exchange({})
+        if channel.node == victim:
+            for one in channel.links.values():
+                one.quiet.set()
+            time.sleep(2.5)
+            return None
+        time.sleep(0.5)  # the beats keep it alive
+        assert channel.silent_for(victim) < 1.0
+        return channel.exchange({})
+
+    began = time.monotonic()
+    found = Cluster(2).run(work)
+    error = found[1 - victim]
+    assert isinstance(error, NodeGone) and str(error) == "node %d (box%d) has not answered for 1 s" % (victim, victim)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("error, kind", [(UserError("data.train: no such file"), UserError), (RunFailed("disk full"), RunFailed)])
+def test_what_one_node_ends_with_all_end_with(error, kind):
+    def work(channel):
+        if channel.node == 1:
+            raise error
+        return channel.exchange({})
+
+    found = Cluster(3).run(work)
+    assert found[1] is error
+    for node in (0, 2):
+        assert type(found[node]) is kind and str(found[node]) == "node 1 (box1): %s" % error
+
+
+def test_trouble_interrupts_a_launcher_that_is_busy(quick):
+    called = {}
+
+    def work(channel):
+        if channel.node == 1:
+            channel.exchange({})
+            raise RunFailed("x")
+        event = threading.Event()
+        channel.on_trouble = event.set
+        channel.exchange({})
+        called[channel.node] = event.wait(10)
+        channel.check()
+
+    found = Cluster(3).run(work)
+    assert called == {0: True, 2: True} and str(found[0]) == str(found[2]) == "node 1 (box1): x"
+
+
+def test_a_node_that_has_ended_well_is_no_trouble_but_sends_nothing_more():
+    def work(channel):
+        if channel.node == 1:
+            return None
+        time.sleep(0.5)
+        channel.check()
+        return channel.receive(1)
+
+    found = Cluster(2).run(work)
+    assert found[1] is None and str(found[0]) == "node 1 (box1) has ended already"
+
+
+def test_what_is_too_large_is_refused_before_it_is_sent(monkeypatch):
+    monkeypatch.setattr(link, "MOST", 1000)
+
+    def work(channel):
+        if channel.node:
+            with pytest.raises(ValueError, match="a frame of 2000 bytes is too large, send it in parts of at most 1000"):
+                channel.send(0, {}, b"x" * 2000)
+        return channel.exchange({})
+
+    assert Cluster(2).run(work)[0] == [{}, {}]
+
+
+def test_an_address_that_is_not_this_machines_and_a_port_that_is_taken():
+    with pytest.raises(UserError, match="^--master-addr 192.0.2.1: is no address of this machine, which is node 0; name one"):
+        Channel.open(0, 2, "192.0.2.1", free_port(), "a", 1.0, print)
+    with pytest.raises(UserError, match="^--master-addr nowhere.invalid: cannot be looked up: "):
+        Channel.open(0, 2, "nowhere.invalid", free_port(), "a", 1.0, print)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match="^--master-port: port %d of 127.0.0.1 cannot be used: Address already in use" % port):
+            Channel.open(0, 2, "127.0.0.1", port, "a", 1.0, print)
