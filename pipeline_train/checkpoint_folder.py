@@ -7,16 +7,20 @@
 
 A folder gets its name step_* by one rename, after all its files, its manifest and its directory are on disk. Only when that
 rename is on disk too does ``latest`` point at it, and only then does an older one go, which loses its name by one rename as well.
+
+Without a shared disk every node has such a folder. Each of the steps seal, publish and settle is done on every node before the
+next one begins anywhere, so that the checkpoint before goes only when the new one is whole everywhere.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Iterable, Optional
 
-from . import host, manifest, run_folder
+from . import host, manifest, manifest_where, run_folder
 from .config_schema import RunConfig
 from .errors import RunFailed, UserError
 from .families import FAMILIES, Dims
@@ -35,17 +39,21 @@ def aside_of(final: Path) -> Path:
     return final.with_name(run_folder.ASIDE + final.name)
 
 
-def nbytes(dims: Dims, optimizer: str) -> int:
-    """Disk space of one checkpoint, tokenizer files not counted: fp32 weights and moments."""
-    values = sum(FAMILIES[dims.family].layer_params(dims, layer) for layer in range(dims.layers))
-    return 4 * values * (1 + len(manifest.MOMENTS[optimizer])) + 2 * BLOCK * dims.layers + SLACK
+def nbytes(dims: Dims, optimizer: str, layers: Optional[Iterable[int]] = None) -> int:
+    """Disk space of one checkpoint, or of a node's part with these ``layers``, tokenizer files not counted: fp32 weights and
+    moments."""
+    kept = list(range(dims.layers) if layers is None else layers)
+    values = sum(FAMILIES[dims.family].layer_params(dims, layer) for layer in kept)
+    return 4 * values * (1 + len(manifest.MOMENTS[optimizer])) + 2 * BLOCK * len(kept) + SLACK
 
 
-def check_room(run: RunConfig, dims: Dims, where: str, saves: int, say: run_folder.Say) -> None:
-    """Before the work begins: whether the ``saves`` to come fit on the disk of run.out. Raises UserError when not even one does;
-    says so when not as many as train.keep wants."""
+def check_room(
+    run: RunConfig, dims: Dims, where: str, saves: int, say: run_folder.Say, layers: Optional[Iterable[int]] = None
+) -> None:
+    """Before the work begins: whether the ``saves`` to come fit on the disk of run.out. ``layers``: this node's, without a shared
+    disk (scattered.layers_here). Raises UserError when not even one does; says so when not as many as train.keep wants."""
     out = Path(run.run.out)
-    needed, free = nbytes(dims, run.optim.type), shutil.disk_usage(str(out)).free
+    needed, free = nbytes(dims, run.optim.type, layers), shutil.disk_usage(str(out)).free
     if free < needed:
         raise UserError("%s: run.out: %s: a checkpoint needs %s, only %s are free on that disk. Make room, or name another folder."
                         % (where, out, host.size(needed), host.size(free)))  # fmt: skip
@@ -77,17 +85,39 @@ def begin(final: Path, needed: int) -> None:
 
 def complete(final: Path, document: Dict[str, Any], beside: Path) -> None:
     """Add copies of the files in ``beside`` and the manifest to the folder aside, and give it its name. Raises OSError."""
-    aside, parent = aside_of(final), final.parent
-    for file in sorted(beside.iterdir()):
-        if file.is_file():
-            document["files"][file.name] = copy(file, aside / file.name)
+    document["files"].update(copy_beside(final, beside))
+    seal(final, document)
+    publish(final)
+    settle(final)
+
+
+def copy_beside(final: Path, beside: Path) -> Dict[str, Any]:
+    """The first step: copies of the files in ``beside``; -> their entries in the manifest."""
+    return {path.name: copy(path, aside_of(final) / path.name) for path in sorted(beside.iterdir()) if path.is_file()}
+
+
+def seal(final: Path, document: Dict[str, Any], node: Optional[int] = None) -> None:
+    """The manifest: the folder aside is whole. ``node``: whose part it is."""
+    aside = aside_of(final)
+    if node is not None:
+        (aside / manifest_where.NODE).write_text("%d\n" % node, encoding="utf-8")
+        sync(aside / manifest_where.NODE)
     manifest.write(aside, document)
     sync(aside)
+
+
+def publish(final: Path) -> None:
+    """The folder aside gets its name."""
     if final.exists():  # a resume passed it over and has come by again
         shutil.rmtree(str(run_folder.old_of(final)), ignore_errors=True)
         os.replace(str(final), str(run_folder.old_of(final)))
-    os.replace(str(aside), str(final))
-    sync(parent)
+    os.replace(str(aside_of(final)), str(final))
+    sync(final.parent)
+
+
+def settle(final: Path) -> None:
+    """``latest`` points at it, and what it has taken the place of goes."""
+    parent = final.parent
     (parent / ".latest").write_text(final.name + "\n", encoding="utf-8")
     sync(parent / ".latest")
     os.replace(str(parent / ".latest"), str(parent / "latest"))
@@ -97,6 +127,18 @@ def complete(final: Path, document: Dict[str, Any], beside: Path) -> None:
 
 def abandon(final: Path) -> None:
     shutil.rmtree(str(aside_of(final)), ignore_errors=True)
+
+
+def withdraw(final: Path) -> None:
+    """Undo ``publish``, as far as it came: another node could not. What was about to be replaced comes back."""
+    old = run_folder.old_of(final)
+    with contextlib.suppress(OSError):  # a disk that has just failed; the resume asks every node
+        if not aside_of(final).exists():
+            os.replace(str(final), str(aside_of(final)))
+        if old.exists() and not final.exists():
+            os.replace(str(old), str(final))
+        sync(final.parent)
+    abandon(final)
 
 
 def prune(written: Path, keep: int) -> None:

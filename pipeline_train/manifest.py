@@ -4,6 +4,7 @@
     optim_000.safetensors ...   training checkpoints only
     config.json, tokenizer ...  whatever a plain HF folder would have beside its weights
     manifest.json               written last: a folder without it is not complete
+    node                        only without a shared disk: whose part of the checkpoint this is, see manifest_where
 
 Two kinds: "checkpoint" (fp32 master weights, written by training) and "from-hf" (any dtype, bit-equal to the HF files).
 """
@@ -15,9 +16,9 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Set, Union
 
-from . import manifest_values
+from . import manifest_values, manifest_where
 from .errors import UserError
 from .manifest_values import check_keys, check_step, short
 
@@ -74,7 +75,8 @@ def write(folder: PathLike, document: Dict[str, Any]) -> None:
 
 
 def read(folder: PathLike) -> Dict[str, Any]:
-    """The manifest of a complete folder. Every listed file must be there with its size; hashes are not read.
+    """The manifest of a complete folder. Every listed file must be there with its size; hashes are not read. A node's part of a
+    checkpoint is complete with the files that the node wrote (manifest_where.require asks for more).
 
     Raises UserError, one line, when the folder, the manifest or a listed file is missing or of another size, or the manifest
     says what cannot be; Unreadable when it cannot be known whether that is so.
@@ -93,8 +95,10 @@ def read(folder: PathLike) -> Dict[str, Any]:
         raise UserError("%s: cannot be read (%s); use another checkpoint" % (path, error)) from None
     check_keys(document, str(path))
     check_step(document, Path(folder).name, str(path))
+    manifest_where.check(document, str(path))
+    elsewhere = _elsewhere(Path(folder), document)
     for name, entry in document["files"].items():
-        _check_file(Path(folder), name, entry)
+        _check_file(Path(folder), name, entry, name in elsewhere)
     for layer in range(document["layers"]):
         if layer_file(layer) not in document["files"]:
             raise UserError("%s: lists no %s although the model has %d layers" % (path, layer_file(layer), document["layers"]))
@@ -102,16 +106,17 @@ def read(folder: PathLike) -> Dict[str, Any]:
 
 
 def check_hashes(folder: PathLike, document: Optional[Dict[str, Any]] = None, optimizer: bool = True) -> None:
-    """Read every file that the manifest lists and compare its sha256.
+    """Read every file that the manifest lists and compare its sha256; one that only other nodes wrote may be missing.
 
     ``document``: the manifest, if it was read already; ``optimizer`` False leaves out what only a resumed run reads.
     Raises UserError, one line, naming the first file whose content is not what was written, and what ``read`` raises.
     """
     document = read(folder) if document is None else document
+    elsewhere = _elsewhere(Path(folder), document)
     for name, entry in sorted(document["files"].items()):
-        if name.startswith("optim_") and not optimizer:
-            continue
         path = Path(folder) / name
+        if name.startswith("optim_") and not optimizer or name in elsewhere and not os.path.lexists(str(path)):
+            continue
         try:
             found = file_entry(path)
         except OSError as error:
@@ -188,9 +193,19 @@ def _trouble(path: Path, error: OSError) -> UserError:
     return Unreadable(path, error)
 
 
-def _check_file(folder: Path, name: str, entry: Any) -> None:
+def _elsewhere(folder: Path, document: Dict[str, Any]) -> Set[str]:
+    """Files that only other nodes wrote, so that they may be missing here."""
+    try:
+        node = manifest_where.node_of(folder, document)
+    except OSError as error:
+        raise _trouble(folder / manifest_where.NODE, error) from None
+    return set() if node is None else {name for name in document["files"] if node not in document["where"]["files"][name]}
+
+
+def _check_file(folder: Path, name: str, entry: Any, elsewhere: bool) -> None:
+    """``elsewhere``: it may be missing."""
     path, known = folder / name, entry if isinstance(entry, dict) else {}
-    named = name.isprintable() and os.path.basename(name) == name and name not in ("", ".", "..")
+    named = name.isprintable() and os.path.basename(name) == name and name not in ("", ".", "..", NAME, manifest_where.NODE)
     sha256 = known.get("sha256")
     if not (named and type(known.get("size")) is int and isinstance(sha256, str) and SHA256.fullmatch(sha256)):
         raise UserError("%s: files: %s is not a file of this folder with a size and a sha256" % (folder / NAME, short(name)))
@@ -199,6 +214,8 @@ def _check_file(folder: Path, name: str, entry: Any) -> None:
     except OSError as error:
         if error.errno not in NOT_THERE:
             raise Unreadable(path, error) from None
+        if elsewhere:
+            return
         raise UserError("%s: missing, although manifest.json lists it; the checkpoint is not complete" % path) from None
     if not stat.S_ISREG(found.st_mode):
         raise UserError("%s: is not a file, although manifest.json lists it; use another checkpoint" % path)

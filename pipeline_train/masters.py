@@ -5,7 +5,7 @@ With ZeRO-1 each replica holds a piece of every master weight; Pipeline.read_who
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -83,15 +83,26 @@ def settle_ties(pipe: "Pipeline") -> None:
             pipe.write_whole(stage.tied_weight, theirs.cpu(), moment)
 
 
-def writes(pipe: "Pipeline", layer: int) -> bool:
-    return layer % pipe.config.parallel.data == pipe.data_rank
+def writers(pipe: "Pipeline", ranks: Optional[Sequence[int]] = None) -> List[int]:
+    """The replicas of this stage that share the writing of its files: all, or those among ``ranks`` (a node's), so that every
+    node with a replica of the stage has its files."""
+    replicas = range(pipe.config.parallel.data)
+    if ranks is None:
+        return list(replicas)
+    topology = pipe.stage.topology()
+    return [replica for replica in replicas if topology.get_rank(pipe=pipe.pipe_rank, data=replica) in ranks]
 
 
-def files(pipe: "Pipeline", layers: Iterable[int]) -> Iterator[Tuple[str, Dict[str, torch.Tensor]]]:
+def writes(pipe: "Pipeline", layer: int, among: Sequence[int]) -> bool:
+    """Whether this replica is the one ``among`` the writers that writes the layer's files."""
+    return among[layer % len(among)] == pipe.data_rank
+
+
+def files(pipe: "Pipeline", layers: Iterable[int], among: Sequence[int]) -> Iterator[Tuple[str, Dict[str, torch.Tensor]]]:
     """Those files of ``layers`` that this replica writes: name, tensors. All replicas of a stage must ask for the same layers
     together: each holds a piece of every tensor."""
     for layer in layers:
-        mine, parameters = writes(pipe, layer), named(pipe, layer)
+        mine, parameters = writes(pipe, layer, among), named(pipe, layer)
         weights = _whole(pipe, mine, [(name, p, None) for name, p in parameters.items()])
         if mine:
             yield manifest.layer_file(layer), weights

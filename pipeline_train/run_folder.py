@@ -8,7 +8,7 @@ import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, List, Optional
+from typing import IO, Any, Callable, Dict, List, Optional, Tuple
 
 import msgspec
 import yaml
@@ -111,22 +111,13 @@ def step_of(checkpoint: Path) -> int:
 
 
 def find(out: Path, resume: Optional[str], say: Say) -> Optional[Path]:
-    """The checkpoint to resume from: the newest whose files all have the size and the hash their manifest says.
+    """The checkpoint to resume from: the newest whose files all have the size and the hash their manifest says. Of nodes without a
+    shared disk each has its own: see scattered.find_together.
 
     Raises UserError for a used folder without --resume, or --resume without a checkpoint; also when checkpoints that metrics.jsonl
     tells of are gone, and when one cannot be read: it may be the newest."""
-    started = (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0
-    saved = checkpoints(out / "checkpoints")
-    if resume is None:
-        if saved:
-            raise UserError("%s: already holds a run. Continue it with --resume, or give run.out another folder." % out)
-        if started:
-            raise UserError("%s: already holds a run, which has saved no checkpoint. %s" % (out, FRESH))
-        return None
-    if not saved:
-        _check_never_saved(out)
-        if resume == "auto":
-            return None
+    saved = used(out, resume)
+    if not saved and resume == "newest":
         raise UserError("%s: --resume: no checkpoint to continue from. %s" % (out, FRESH))
     for folder in saved:
         try:
@@ -137,7 +128,38 @@ def find(out: Path, resume: Optional[str], say: Say) -> Optional[Path]:
             say("passed over: %s" % error)
         else:
             return folder
-    raise UserError("%s: --resume: none of its %d checkpoints is whole. Give run.out another folder." % (out, len(saved)))
+    if saved:
+        raise UserError("%s: --resume: none of its %d checkpoints is whole. Give run.out another folder." % (out, len(saved)))
+    return None
+
+
+def used(out: Path, resume: Optional[str]) -> List[Path]:
+    """The folders among which a resume may choose, newest first. Raises UserError for a used folder without --resume, and when none
+    is there although metrics.jsonl tells of some."""
+    started = (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0
+    saved = checkpoints(out / "checkpoints")
+    if resume is None and saved:
+        raise UserError("%s: already holds a run. Continue it with --resume, or give run.out another folder." % out)
+    if resume is None and started:
+        raise UserError("%s: already holds a run, which has saved no checkpoint. %s" % (out, FRESH))
+    if resume is not None and not saved:
+        _check_never_saved(out)
+    return saved
+
+
+def whole_steps(out: Path) -> List[Tuple[int, str]]:
+    """The steps of the checkpoints that are whole here by their sizes, newest first, each with the sha256 of its manifest. Hashes
+    of files are not read. Raises Unreadable."""
+    found = []
+    for folder in checkpoints(out / "checkpoints"):
+        try:
+            check_whole(folder, hashes=False)
+            found.append((step_of(folder), manifest.file_entry(folder / manifest.NAME)["sha256"]))
+        except manifest.Unreadable:
+            raise
+        except (UserError, FileNotFoundError):
+            continue
+    return found
 
 
 def check_whole(checkpoint: Path, hashes: bool = True) -> None:

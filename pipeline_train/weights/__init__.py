@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 import torch
 
-from .. import families, manifest
+from .. import families, manifest, manifest_where
 from ..errors import RunFailed, UserError
 from ..families import ParamSlot
 from .files import Entry, open_file, wrong_dtype
@@ -139,6 +139,8 @@ class Source:
                 )
 
     def _layer_files(self) -> Iterator[Tuple[str, Any, str]]:
+        names = [manifest.layer_file(layer) for layer in range(self.dims.layers)]
+        manifest_where.require(self.folder, self.manifest or {}, names)
         for layer in range(self.dims.layers):
             file = open_file(self.folder / manifest.layer_file(layer))
             for key in file.entries:
