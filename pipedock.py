@@ -19,11 +19,13 @@ VERBS = {
     "plan": "verbs.plan",
     "data": "verbs.data",
     "train": "verbs.train",
+    "preflight": "verbs.preflight",
     "report": "verbs.report",
     "migrate": "verbs.migrate",
     "from-hf": "verbs.from_hf",
     "to-hf": "verbs.to_hf",
     "verify": "verbs.verify",
+    "gather": "verbs.gather",
     "serve": "verbs.serve",
     "ask": "verbs.ask",
 }

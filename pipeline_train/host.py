@@ -6,6 +6,7 @@ from typing import Dict, Optional
 
 MEMINFO = Path("/proc/meminfo")
 GROUPS = Path("/sys/fs/cgroup")  # a container's own limits, version 2 in this folder, version 1 in memory/
+UNLIMITED = 1 << 60  # version 1 says "none" with a number like this
 GROUP_FILES = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
@@ -23,6 +24,12 @@ def available_memory() -> Optional[int]:
         if numbers[0] is not None and numbers[1] is not None:
             found.append(numbers[0] - numbers[1] + _table(GROUPS / statistics).get(cache, 0))
     return max(0, min(found)) if found else None
+
+
+def memory_limit() -> Optional[int]:
+    """Bytes that this container may take; None without a limit of its own."""
+    found = [number for number in (_number(GROUPS / limit) for limit, _, _, _ in GROUP_FILES) if number is not None]
+    return min(found) if found and min(found) < UNLIMITED else None
 
 
 def _number(path: Path) -> Optional[int]:

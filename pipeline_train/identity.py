@@ -40,7 +40,7 @@ def identity(
     ``out``: the run folder once its data is prepared. ``data``: compare the data files too; False where run.out is shared, and
     only node 0 reads them. Raises UserError for a file that cannot be read."""
     document = code()
-    document.update(_versions())
+    document.update(versions())
     document.update(_config(run))
     if data:
         document.update(_data(run, say))
@@ -61,7 +61,7 @@ def code(packages: Sequence[str] = PACKAGES) -> Dict[str, str]:
     }
 
 
-def _versions() -> Dict[str, str]:
+def versions() -> Dict[str, str]:
     found = compat.versions()
     found["python"] = ".".join((found["python"] or "").split(".")[:2])
     return {"versions/" + name: version or "not installed" for name, version in found.items()}

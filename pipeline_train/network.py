@@ -38,7 +38,7 @@ def interface_to(address: str) -> Optional[str]:
     """The interface by which packets leave for ``address`` (a name or an IPv4 or IPv6 address); None where the system does not
     tell (not Linux). "lo" only for this machine's own loopback. Raises UserError: no such name, no route, a name that stands for
     the loopback here, or only an interface that leads to containers of this machine."""
-    target, source = _route(address)
+    target, source = route(address)
     if ipaddress.ip_address(target).is_loopback:
         if not _means_loopback(address):
             raise UserError(
@@ -83,8 +83,8 @@ def carried() -> List[Carried]:
     return found
 
 
-def _route(address: str) -> Tuple[str, str]:
-    """(the address that a name stands for, the source address of packets to it), the first that has a route."""
+def route(address: str) -> Tuple[str, str]:
+    """(the address that a name stands for, the source address of packets to it), the first that has a route. Raises UserError."""
     try:
         answers = socket.getaddrinfo(address, ANY_PORT, type=socket.SOCK_DGRAM)
     except (OSError, UnicodeError) as error:

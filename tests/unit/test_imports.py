@@ -13,17 +13,17 @@ PACKAGES = ("pipeline_train", "export", "serve", "verbs")
 # Lowest first: a module may import its own row and the rows above it in this list.
 ROWS = [
     {"errors", "pulse", "watch", "hostfile", "place", "link", "joining", "control", "network"},
-    {"families", "manifest", "manifest_values", "manifest_where", "proof", "host", "native", "content",
+    {"families", "manifest", "manifest_values", "manifest_where", "arrival", "proof", "host", "native", "content",
      "data.records", "data.shapes", "data.files", "data.json_text", "data.template"},
     {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder", "checkpoint_folder", "checkpoint_job",
-     "scattered", "gather", "loss_scale"},
+     "scattered", "gather", "gather_ssh", "loss_scale"},
     {"compat"},
     {"models", "data", "plan", "random_model", "identity"},
     {"stages", "weights", "instructions"},
     {"engine", "optimizer", "checkpoint", "masters", "metrics", "sinks"},
     {"loop", "worker", "selftest"},
-    {"prepare"},
-    {"launch", "report", "selftest_run"},
+    {"prepare", "nodes", "remote"},
+    {"launch", "processes", "team", "preflight", "report", "selftest_run"},
 ]  # fmt: skip
 EXPORT_MAY = {"errors", "families", "manifest", "proof", "host", "config", "models", "weights", "data.template"}
 SERVE_MAY = {"errors", "families", "manifest", "proof", "config", "compat", "data.template"}

@@ -57,7 +57,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
         return address, same[0].address
 
     monkeypatch.setattr(network, "carried", lambda: HERE)
-    monkeypatch.setattr(network, "_route", route)
+    monkeypatch.setattr(network, "route", route)
 
 
 @pytest.mark.parametrize("address, interface", [("10.1.0.77", "eth1"), ("10.9.0.77", "eth10"), ("127.0.0.1", "lo"), ("::1", "lo")])
@@ -78,7 +78,7 @@ def test_one_that_leads_to_containers_only_is_refused(elsewhere: None, address: 
 def test_lo_is_not_taken_for_an_address_that_only_lies_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a routing protocol runs on the host itself."""
     monkeypatch.setattr(network, "carried", lambda: [Carried("lo", "10.7.7.7"), Carried("eth0", "10.1.0.2")])
-    monkeypatch.setattr(network, "_route", lambda address: (address, "10.7.7.7"))
+    monkeypatch.setattr(network, "route", lambda address: (address, "10.7.7.7"))
     with pytest.raises(UserError, match="through lo only"):
         network.interface_to("10.7.7.8")
 
@@ -97,7 +97,7 @@ def test_nccl_is_told_eth1_and_not_what_begins_so(elsewhere: None) -> None:
 
 def test_a_name_that_this_machine_takes_for_itself_is_refused(elsewhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Debian's /etc/hosts: the machine's own name is 127.0.1.1 there."""
-    monkeypatch.setattr(network, "_route", lambda address: ("127.0.1.1", "127.0.0.1"))
+    monkeypatch.setattr(network, "route", lambda address: ("127.0.1.1", "127.0.0.1"))
     with pytest.raises(UserError, match=r"^node0 means 127\.0\.1\.1 on this machine \(its /etc/hosts\).*10\.1\.0\.2 on eth1"):
         network.interface_to("node0")
     assert network.interface_to("127.0.1.1") == network.interface_to("localhost") == "lo"

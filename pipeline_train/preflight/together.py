@@ -1,0 +1,180 @@
+"""All checks of one node or of all of them: measured on every node, exchanged, judged from the same facts everywhere."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+from .. import families, identity, manifest
+from ..config_schema import RunConfig
+from ..control import Channel
+from ..errors import RunFailed
+from . import bandwidth, clocks, gpus, machine, wires
+from .finding import FAILURE, OK, WARNING, Facts, Finding, NotReady, at
+from .need import need
+
+Say = Callable[[str], None]  # takes a line for the user
+
+
+class Task(NamedTuple):
+    """What the nodes are going to do. ``addr``: node 0's, None where there is one node only; ``port``: of the ranks there.
+
+    ``ranks``: processes on this node, the first of them ``first``; None: as many as it has GPUs. ``run``: None where only the
+    machines are looked at. ``prepared``: its data is encoded, in run.out. ``shared``: run.out is one folder that all nodes see.
+    ``resumed``: the weights are a checkpoint's."""
+
+    addr: Optional[str] = None
+    port: int = 29500
+    ranks: Optional[int] = None
+    first: int = 0
+    run: Optional[RunConfig] = None
+    prepared: bool = False
+    shared: bool = False
+    resumed: bool = False
+
+
+def check_nodes(channel: Channel, task: Task, say: Say) -> Dict[str, Any]:
+    """Before a run on several nodes; all of them call it. Quick: without the bandwidth. Warnings go to ``say``; -> the document of
+    ``preflight``. Raises NotReady, a UserError with all failures in its one line, on every node."""
+    document = preflight(channel, task, say, measure_bandwidth=False)
+    findings = [Finding(**row) for row in document["findings"]]
+    for finding in findings:
+        if finding.level == WARNING and finding.node in (None, channel.node):
+            say("preflight: %s" % finding.line(document["names"]))
+    say("preflight: %d checks on %d nodes passed" % (sum(f.level == OK for f in findings), channel.nodes))
+    return document
+
+
+def preflight(channel: Channel, task: Task, say: Say, measure_bandwidth: bool = True) -> Dict[str, Any]:
+    """{"ok", "names": of the nodes, "findings": [Finding as a dict], "facts": by node, "bandwidth"}; all nodes call it, and get the
+    same. Raises NotReady with this document when a check has failed."""
+    facts = measure(task)
+    sought = _identity(task, say)
+    nodes = channel.exchange({"facts": facts, "identity": sought})
+    everyone = [row["facts"] for row in nodes]
+    findings = [finding for node, row in enumerate(everyone) for finding in at(node, here(row))]
+    measured = None
+    if channel.nodes > 1:
+        findings += gpus.check_same(everyone) + check_identity([row["identity"] for row in nodes], channel.names)
+        findings += _between(channel, task, facts)
+    healthy = not any(finding.level == FAILURE for finding in findings)
+    if measure_bandwidth and healthy:
+        measured = bandwidth.measure(channel, task.addr or "127.0.0.1", task.port if channel.nodes > 1 else free_port(), facts)
+        findings += bandwidth.check(measured)
+    return judged(findings, channel.names, everyone, measured)
+
+
+def _between(channel: Channel, task: Task, facts: Facts) -> List[Finding]:
+    """What only nodes together can measure; node 0 has the clocks."""
+    assert task.addr is not None, "several nodes meet at an address"
+    samples = clocks.measure(channel)
+    rows = wires.reach(channel, task.addr, task.port, facts["network"]["source"])
+    told = channel.exchange({"clocks": samples})
+    return clocks.check(told[0]["clocks"]) + wires.check_reach(rows, channel.names, task.addr, task.port)
+
+
+def judged(
+    findings: Sequence[Finding], names: Sequence[str], facts: Sequence[Facts], measured: Optional[Dict[str, Any]]
+) -> Dict[str, Any]:
+    """The document. Raises NotReady."""
+    failed = any(finding.level == FAILURE for finding in findings)
+    document = {
+        "ok": not failed, "names": list(names), "findings": [finding.document() for finding in findings], "facts": list(facts),
+        "bandwidth": measured,
+    }  # fmt: skip
+    if failed:
+        raise NotReady(document)
+    return document
+
+
+def measure(task: Task) -> Facts:
+    """Of this node alone; JSON."""
+    run = task.run
+    facts = machine.measure(Path(run.run.out) if run is not None else None)
+    facts.update(
+        name=os.uname().nodename, gpus=gpus.measure(), network=wires.measure(task.addr), ranks=task.ranks, need=None, files={}
+    )
+    if run is None:
+        return facts
+    facts["files"] = _missing(task)
+    model = folder_of(run.model.path)
+    if model is not None and (model / "config.json").is_file():
+        raw = families.read_config(str(model))
+        ranks = run.world if task.ranks is None else task.ranks
+        facts["need"] = need(run, families.dims_of(raw), raw, gpus.number(facts) > 0, task.first, ranks)
+        facts["ranks"] = ranks
+    return facts
+
+
+def here(facts: Facts) -> List[Finding]:
+    """All checks of one node's own facts."""
+    return machine.check(facts) + gpus.check(facts) + wires.check_interface(facts)
+
+
+def folder_of(path: str) -> Optional[Path]:
+    """model.path's folder, a run's newest checkpoint; None for a hub name, and what is not there."""
+    folder = Path(path)
+    if not os.path.isdir(path):
+        return None
+    if manifest.is_layer_folder(folder) or (folder / "checkpoints").is_dir():
+        return manifest.find_checkpoint(folder)
+    return folder
+
+
+def _missing(task: Task) -> Dict[str, str]:
+    """{key: path} of run.yaml's files that are not on this node."""
+    assert task.run is not None
+    named = {"model.path": task.run.model.path}
+    if not task.shared:
+        named.update({"data.train": task.run.data.train, "data.eval": task.run.data.eval or task.run.data.train})
+    return {key: path for key, path in named.items() if not os.path.exists(path)}
+
+
+def _identity(task: Task, say: Say) -> Dict[str, str]:
+    if task.run is None:
+        return {**identity.code(), **identity.versions()}
+    model = None if task.resumed else folder_of(task.run.model.path)
+    out = Path(task.run.run.out) if task.prepared else None
+    return identity.identity(task.run, say, model, out, data=not task.shared)
+
+
+def check_identity(documents: Sequence[Dict[str, str]], names: Sequence[str]) -> List[Finding]:
+    """Code, versions, configuration, data and weights."""
+    found = []
+    for line in identity.differences(documents, names):
+        said, _, fix = line.partition("; ")
+        found.append(Finding("same everywhere", FAILURE, said, fix))
+    kinds = sorted({key.partition("/")[0] for document in documents for key in document})
+    return found or [Finding("same everywhere", OK, ", ".join(kinds))]
+
+
+def free_port() -> int:
+    """For ranks of this machine alone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def share_of(task: Task, node: int, nodes: int) -> Task:
+    """With the ranks that ``node`` gets when all ``nodes`` get as many as the next, or one more."""
+    if task.run is None:
+        return task
+    each, more = divmod(task.run.world, nodes)
+    return task._replace(ranks=each + int(node < more), first=node * each + min(node, more))
+
+
+def meet(task: Task, node: int, nodes: int, wait_s: float, say: Say) -> Channel:
+    """The channel to the other nodes, one port above the ranks'. Raises NotReady, with what is to say of this node alone, when they
+    do not come; UserError for launchers that do not belong together."""
+    try:
+        return Channel.open(node, nodes, task.addr or "", task.port + 1, os.uname().nodename, wait_s, say)
+    except RunFailed as error:
+        facts = measure(task)
+        fix = "start pipedock preflight there too; let port %d of node 0 through: sudo ufw allow %d/tcp" % (
+            task.port + 1,
+            task.port + 1,
+        )
+        said = str(error).partition(". ")[0]
+        names = [facts["name"] if number == node else "?" for number in range(nodes)]
+        judged(at(node, here(facts)) + [Finding("ports", FAILURE, said, fix, node)], names, [facts if number == node else {} for number in range(nodes)], None)
+        raise AssertionError("a failure is judged as one") from error
