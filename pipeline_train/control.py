@@ -25,6 +25,10 @@ class NodeGone(RunFailed):
         self.node = node
 
 
+class Verdict(RunFailed):
+    """A line that says itself where what it tells of was: the same on every node."""
+
+
 class Channel:
     """``node``: this one, of ``nodes``; ``names``: what every node calls itself.
 
@@ -41,14 +45,17 @@ class Channel:
         self.closed = False
 
     @classmethod
-    def open(cls, node: int, nodes: int, addr: str, port: int, name: str, wait_s: float, say: Say) -> "Channel":
+    def open(
+        cls, node: int, nodes: int, addr: str, port: int, name: str, wait_s: float, say: Say,
+        check: Callable[[], None] = lambda: None,
+    ) -> "Channel":  # fmt: skip
         """Join all ``nodes``: node 0 listens at ``addr``:``port``, the others connect to it. Patient: whoever comes first waits up
-        to ``wait_s`` seconds, and ``say`` tells for whom.
+        to ``wait_s`` seconds, ``say`` tells for whom, and ``check`` may raise what makes waiting useless.
 
         Raises RunFailed naming who is missing, UserError for launchers that do not belong together."""
         channel = cls(node, nodes, name, say)
         if nodes > 1:
-            meeting = joining.Meeting(node, nodes, addr, port, name, wait_s, say, channel.changed)
+            meeting = joining.Meeting(node, nodes, addr, port, name, wait_s, say, channel.changed, check)
             channel.links, channel.names = joining.join(meeting)
         for link in channel.links.values():
             link.on_over = channel._over
@@ -128,7 +135,8 @@ class Channel:
             words = self._told(self.trouble)
         elif error is not None:
             line = str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__)
-            words = {"line": "%s: %s" % (self.named(self.node), line), "user": isinstance(error, UserError)}
+            line = line if isinstance(error, Verdict) else "%s: %s" % (self.named(self.node), line)
+            words = {"line": line, "user": isinstance(error, UserError)}
         for link in self.links.values():
             link.close() if link.over else link.end(words)
 

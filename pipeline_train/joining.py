@@ -30,6 +30,7 @@ class Meeting(NamedTuple):
     wait_s: float
     say: Say
     changed: threading.Condition
+    check: Callable[[], None]
 
     @property
     def where(self) -> str:
@@ -45,6 +46,7 @@ class Patience:
 
     def over(self, line: str) -> bool:
         """Whether the time is up; says ``line`` now and then meanwhile."""
+        self.meeting.check()
         now = time.monotonic()
         if now >= self.next and now < self.until:
             self.meeting.say(line)

@@ -1,44 +1,54 @@
 """Starts one process per rank and answers for them: they stay in this process group and all end together, whatever happens.
 
-SIGTERM: save and stop. SIGUSR1: save and go on. Ctrl-C, or any second signal: end now; what was saved is kept.
+SIGTERM: save and stop. SIGUSR1: save and go on. Ctrl-C, or any second signal: end now; what was saved is kept. On several nodes
+each launcher starts its node's ranks; a signal to any of them counts for all.
 """
 
-import errno
-import json
 import os
-import selectors
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional
 
-from .errors import RunFailed, Stopped, UserError
+from .control import NodeGone
+from .errors import RunFailed, Stopped
+from .link import SILENT_S
+from .place import Place
 from .prepare import Prepared
-from .pulse import FAILED, SHARED, Board
+from .processes import ECHO, Processes
+from .pulse import Board
+from .team import Elsewhere, Team
 from .watch import Watch
-from .worker import PARENT, PROGRESS
+from .worker import PARENT
 
 SETTLE_S = 2.0  # after the first failure: its neighbours fail too, and the first cause must be found among them
 LOOK_S = 1.0  # between two looks at the ranks' signs of life
-DUMP_S = 1.0  # for the stacks of the ranks that are left
-# What a rank says when another one has gone: never the cause.
-ECHOES = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL", "ProcessGroup", "TCPStore", "recvValue")
+QUIET_S = 3.0  # a node that has shown nothing for so long may be the cause of what others complain about
+VERDICT_S = SILENT_S + 15.0  # for node 0 to find the cause of what has failed here
 
 Show = Callable[[Dict[str, Any]], None]  # takes rank 0's progress messages
 
 
-def launch(prepared: Prepared, show: Show) -> Dict[str, Any]:
-    """Train; -> the summary of loop.Loop. Raises RunFailed with the failing rank's one line, KeyboardInterrupt after Ctrl-C."""
+def launch(
+    prepared: Prepared, show: Show, team: Optional[Team] = None, addresses: Optional[Dict[str, str]] = None,
+    finish: Optional[str] = None,
+) -> Dict[str, Any]:  # fmt: skip
+    """Train; -> the summary of loop.Loop, on every node. ``addresses``: where and how the ranks of several nodes meet, in their
+    environment. ``finish``: "module:function" that all ranks call with their Pipeline when they have trained. Raises RunFailed with
+    the failing rank's one line, NodeGone, KeyboardInterrupt after Ctrl-C."""
     command = [sys.executable, "-m", "pipeline_train.worker", "--out", str(prepared.out.resolve())]
     command += ["--total-steps", str(prepared.total)]
     if prepared.resume is not None:
         command += ["--resume", str(prepared.resume.resolve())]
+    if finish is not None:
+        command += ["--finish", finish]
     world = prepared.config.world
-    env, hang_s = environment(world, prepared.gpus), prepared.config.run.hang_s
-    return supervise(Ranks(command, world, env, prepared.out / "logs", show, hang_s))
+    team = team or Team(Place.alone(world))
+    env = environment(world, prepared.gpus, len(team.place.ranks))
+    env.update(addresses or {}, **team.place.environment())
+    return supervise(Ranks(command, world, env, prepared.out / "logs", show, prepared.config.run.hang_s, team))
 
 
 def supervise(ranks: "Ranks") -> Dict[str, Any]:
@@ -46,101 +56,121 @@ def supervise(ranks: "Ranks") -> Dict[str, Any]:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = [(number, signal.signal(number, ranks.on_signal)) for number in numbers]
     try:
-        ranks.start()
+        ranks.local.start()
         return ranks.wait()
     finally:
-        ranks.end()
+        ranks.local.end()
         for number, handler in before:
             signal.signal(number, handler)
         ranks.board.close()  # only now: the handlers use it
 
 
 class Ranks:
-    """The processes of one run on this machine: ``command`` in ``world`` copies that differ in RANK and LOCAL_RANK.
+    """One run: ``command`` in ``world`` copies, of which this launcher has those that ``team`` says (None: all are here).
 
     ``hang_s``: see Watch."""
 
-    def __init__(self, command: List[str], world: int, env: Dict[str, str], logs: Path, show: Show, hang_s: float = 40.0) -> None:
-        self.command, self.world, self.env, self.logs, self.show = command, world, env, logs, show
-        self.board, self.watch = Board.make(world), Watch(hang_s, time.monotonic)
+    def __init__(
+        self, command: List[str], world: int, env: Dict[str, str], logs: Path, show: Show, hang_s: float = 40.0,
+        team: Optional[Team] = None,
+    ) -> None:  # fmt: skip
+        self.world, self.logs, self.show = world, logs, show
+        self.team = team or Team(Place.alone(world))
+        self.board, self.watch = Board.make(world), Watch(hang_s, time.monotonic, self.team.named)
+        self.local = Processes(command, self.team.place.ranks, env, logs, self.board)
         self.looked = 0.0
-        self.processes: List[subprocess.Popen] = []
         self.signal: Optional[int] = None
+        self.saves = 0  # wished for here
         self.now = False  # the signal does not wait for a save
-        self.progress = -1  # reading end of rank 0's pipe
-        self.unread = b""
         self.summary: Optional[Dict[str, Any]] = None
 
     def on_signal(self, number: int, frame: Any) -> None:
+        if self.team.troubled():  # this run ends already; the channel wakes a busy launcher by a signal
+            return
         if number == signal.SIGUSR1:
-            self.board.wish_save()
-        elif number == signal.SIGTERM and self.signal is None and self._trained():
+            self.saves += 1
+            if self.team.leads:
+                self.board.wish_save()
+        elif number == signal.SIGTERM and self.signal is None and self.local.trained():
             self.board.wish_stop()
             self.signal = number
         else:  # Ctrl-C, a second signal, or nothing to save yet
             self.signal, self.now = number, True
 
-    def start(self) -> None:
-        self.progress, writing = os.pipe()
-        os.set_blocking(self.progress, False)
-        try:
-            for rank in range(self.world):
-                if self._error_file(rank).exists():
-                    self._error_file(rank).unlink()
-                env = dict(self.env, RANK=str(rank), LOCAL_RANK=str(rank))
-                env.update({PROGRESS: str(writing), SHARED: str(self.board.fd)})
-                keep = (self.board.fd, writing) if rank == 0 else (self.board.fd,)
-                with open(str(self._log_file(rank)), "ab") as log:
-                    process = subprocess.Popen(
-                        self.command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=keep
-                    )
-                self.processes.append(process)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.ENOMEM):
-                raise RunFailed(
-                    "rank %d cannot be started: %s (a limit on processes or memory?)" % (rank, error.strerror)
-                ) from None
-            raise UserError("run.out: %s: cannot be written: %s" % (error.filename or self.logs, error.strerror)) from None
-        finally:
-            os.close(writing)
-
     def wait(self) -> Dict[str, Any]:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.progress, selectors.EVENT_READ)
-            while True:
-                if selector.select(timeout=0.2) and not self._read_progress():
-                    selector.unregister(self.progress)  # rank 0 closed it
-                    break
-                if self._failed() or self.now:
-                    break
-                self._look()
-        while self._running() and not self._failed() and not self.now:
-            self._look()
-            time.sleep(0.05)
-        name = signal.Signals(self.signal).name if self.signal is not None else "a signal"
+        while self.summary is None or self.local.running() or self._elsewhere().running or not self.team.leads:
+            for message in self.local.read(0.2 if self.local.listening else 0.05):
+                if "done" in message:
+                    self.summary = message["done"]
+                else:
+                    self.show(message)
+            self._raise_now()
+            if self.team.leads:
+                self._check_all()
+            elif self._check_here():
+                break
+        assert self.summary is not None
+        if self.team.leads:
+            self.summary["signal"] = self._elsewhere().signal or self._signal_name()
+            self.team.tell(self.summary)
+        by = self.summary.pop("signal")
+        if self.summary.get("stopped"):
+            raise Stopped("stopped by %s after saving step %d" % (by, self.summary["steps"]))
+        return self.summary
+
+    def _raise_now(self) -> None:
         if self.now and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         if self.now:
-            raise Stopped("stopped by %s" % name)
-        if self._failed() or self.summary is None:
-            raise RunFailed(self._cause())
-        if self.summary.get("stopped"):
-            raise Stopped("stopped by %s after saving step %d" % (name, self.summary["steps"]))
-        return self.summary
+            raise Stopped("stopped by %s" % self._signal_name())
 
-    def end(self) -> None:
-        """SIGKILL: a rank has nothing to tidy up, a save that is cut short is made again. Returns when no process is left."""
-        for process in self._running():
-            process.kill()
-        for process in self.processes:
-            process.wait()
-        if self.progress >= 0:
-            os.close(self.progress)
-            self.progress = -1
+    def _signal_name(self) -> str:
+        return signal.Signals(self.signal).name if self.signal is not None else "a signal"
 
-    def _trained(self) -> bool:
-        """Has every rank done a step since it was started?"""
-        return all(self.board.sign(rank).steps for rank in range(self.world))
+    def _check_all(self) -> None:
+        """Node 0: raises what ends the run."""
+        self.team.check()
+        silent_end = self.summary is None and not self.local.running() and not self.local.listening
+        if self.local.failed() or self._elsewhere().failures or silent_end:
+            raise self._cause()
+        self._look()
+
+    def _check_here(self) -> bool:
+        """Every other node: show node 0 how it is here -> whether the run has come to its end. Raises what ends it otherwise."""
+        self.summary = self.team.verdict()
+        if self.summary is not None:
+            return True
+        failures = self.local.failures()
+        if failures:
+            self.local.dump_stacks()
+            self._wait_for_verdict()
+        try:
+            self.team.check()
+        except NodeGone:
+            raise
+        except RunFailed:
+            self.local.dump_stacks()
+            raise
+        self._post()
+        return False
+
+    def _wait_for_verdict(self) -> None:
+        """Node 0 hears of the others' failures too. Raises its verdict, or after a while what has failed here."""
+        until = time.monotonic() + VERDICT_S
+        while time.monotonic() < until:
+            self._post()
+            self.team.check()
+            self._raise_now()
+            time.sleep(0.1)
+        raise self.team.failed(self.team.line(min(self.local.failures()), ""))
+
+    def _post(self) -> None:
+        name = self._signal_name() if self.signal is not None else None
+        local = self.local
+        self.team.post(self.board, Elsewhere(local.failures(), len(local.running()), len(local.left()), name, self.saves))
+
+    def _elsewhere(self) -> Elsewhere:
+        return self.team.look(self.board) if self.team.leads else Elsewhere()
 
     def _look(self) -> None:
         """Raises RunFailed when a rank has stopped answering or none gets on."""
@@ -149,82 +179,40 @@ class Ranks:
         self.looked = time.monotonic()
         trouble = self.watch.look([self.board.sign(rank) for rank in range(self.world)])
         if trouble is not None:
-            self._dump_stacks()
-            raise RunFailed("%s. Logs: %s%s" % (trouble, self.logs / "rank_*.log", self._dump_stacks()))
+            self.local.dump_stacks()
+            raise self.team.failed("%s. Logs: %s%s" % (trouble, self.logs / "rank_*.log", self.local.dump_stacks()))
 
-    def _dump_stacks(self) -> str:
-        """Let every rank that is left write its stacks; -> where they are. One that somebody has stopped cannot, and is not woken:
-        the run would go on for that moment."""
-        left = [rank for rank in self._left() if self.board.sign(rank).beats]
-        for rank in left:  # a rank listens before its first beat
-            self.processes[rank].send_signal(signal.SIGUSR2)
-        time.sleep(DUMP_S if left else 0.0)
-        sizes = {path.name: path.stat().st_size for path in self.logs.glob("rank_*.stacks")}
-        left = [rank for rank in left if sizes.get("rank_%d.stacks" % rank)]
-        return ", stacks of %s: %s" % (_ranks(left), self.logs / "rank_*.stacks") if left else ""
-
-    def _log_file(self, rank: int) -> Path:
-        return self.logs / ("rank_%d.log" % rank)
-
-    def _error_file(self, rank: int) -> Path:
-        return self.logs / ("rank_%d.error" % rank)
-
-    def _running(self) -> List[subprocess.Popen]:
-        return [p for p in self.processes if p.poll() is None]
-
-    def _left(self) -> List[int]:
-        failed = self._failed()
-        return [rank for rank, p in enumerate(self.processes) if p.poll() is None and rank not in failed]
-
-    def _failed(self) -> List[int]:
-        """Ranks that have ended badly, or have left their error and wait to be ended."""
-        return [r for r, p in enumerate(self.processes) if p.poll() or (p.poll() is None and self.board.sign(r).doing == FAILED)]
-
-    def _read_progress(self) -> bool:
-        """Pass on whole lines; False when the other end is closed."""
-        data = os.read(self.progress, 1 << 16)
-        lines = (self.unread + data).split(b"\n")
-        self.unread = lines.pop()
-        for line in lines:
-            message = json.loads(line)
-            if "done" in message:
-                self.summary = message["done"]
-            else:
-                self.show(message)
-        return bool(data)
-
-    def _cause(self) -> str:
-        """The first cause among the failed ranks: a rank that was killed, then an error of its own, then an echo of another's."""
-        stacks = self._dump_stacks()
-        deadline = time.monotonic() + SETTLE_S
-        while self._left() and time.monotonic() < deadline:
+    def _cause(self) -> RunFailed:
+        """The first cause among the failed ranks: a rank that was killed, then an error of its own, then an echo of another's. A
+        node that has gone silent meanwhile explains the echoes better: raises NodeGone when it is given up."""
+        stacks = self.local.dump_stacks()
+        began = time.monotonic()
+        while True:
+            elsewhere = self._elsewhere()
+            failures = elsewhere.failures + self.local.failures()
+            left = elsewhere.left + len(self.local.left())
+            waited = time.monotonic() - began
+            only_echoes = bool(failures) and min(failures).kind == ECHO
+            if not (left and waited < SETTLE_S or only_echoes and self.team.silent(QUIET_S) and waited < VERDICT_S):
+                break
+            if only_echoes:
+                self.team.check()
+            self._raise_now()
             time.sleep(0.05)
-        failed = self._failed()
-        if not failed:
-            return "rank 0 ended without a summary. Log: %s" % self._log_file(0)
-        _, rank, line = min(self._judge(rank) for rank in failed)
-        return "rank %d: %s. Log: %s%s" % (rank, line.rstrip("."), self._log_file(rank), stacks)
-
-    def _judge(self, rank: int) -> Tuple[int, int, str]:
-        code = self.processes[rank].returncode
-        if code is not None and code < 0:
-            name = signal.Signals(-code).name
-            hint = " (out of memory? the kernel's log says)" if -code == signal.SIGKILL else ""
-            return 0, rank, "was killed by %s%s" % (name, hint)
-        error = self._error_file(rank)
-        line = error.read_text(encoding="utf-8", errors="replace").strip() if error.is_file() else ""
-        line = line or self.board.sign(rank).error or "ended with exit code %s" % code
-        return (2 if any(echo in line for echo in ECHOES) else 1), rank, line
+        if not failures:
+            return self.team.failed("rank 0 ended without a summary. Log: %s" % self.local.log_file(0))
+        return self.team.failed(self.team.line(min(failures), stacks))
 
 
-def environment(world: int, gpus: int) -> Dict[str, str]:
-    """What all ranks of this machine have in common; what the user has set stays."""
+def environment(world: int, gpus: int, here: Optional[int] = None) -> Dict[str, str]:
+    """What all ranks of this machine have in common; what the user has set stays. ``here``: how many of them there are."""
+    here = here or world
     env = dict(os.environ)
     root = str(Path(__file__).resolve().parents[1])
     env["PYTHONPATH"] = os.pathsep.join([root] + ([env["PYTHONPATH"]] if env.get("PYTHONPATH") else []))
-    env.update(WORLD_SIZE=str(world), LOCAL_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    env.update(WORLD_SIZE=str(world), LOCAL_SIZE=str(here), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     env.update({PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"})
-    env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // world)))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // here)))
     if not gpus:
         env["DS_ACCELERATOR"] = "cpu"
         # glibc gives every large tensor back to the kernel and faults it in again: a quarter of a step's time. Keeping them
@@ -232,10 +220,6 @@ def environment(world: int, gpus: int) -> Dict[str, str]:
         env.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
         env.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 33))
     return env
-
-
-def _ranks(numbers: List[int]) -> str:
-    return "rank %d" % numbers[0] if len(numbers) == 1 else "ranks " + ", ".join(map(str, numbers))
 
 
 def _cores() -> int:

@@ -68,6 +68,11 @@ class Board:
         doing, error = (text.rstrip(b"\0").decode("utf-8", "replace") for text in texts)
         return Sign(beats, ticks, steps, doing, error)
 
+    def put(self, rank: int, sign: Sign) -> None:
+        """What a rank of another machine has shown there."""
+        texts = (text.encode("utf-8", "replace") for text in (sign.doing, sign.error))
+        ROW.pack_into(self.page, HEADER.size + rank * ROW.size, sign.beats, sign.ticks, sign.steps, *texts)
+
 
 class Pulse:
     """The page, for one rank."""

@@ -18,10 +18,10 @@ PAUSED_S = 5.0  # a launcher that was itself not running for so long (Ctrl-Z, a 
 
 
 class Watch:
-    """``look`` now and then; ``now`` is a monotonic clock in seconds."""
+    """``look`` now and then; ``now`` is a monotonic clock in seconds; ``named``: rank -> what to call it."""
 
-    def __init__(self, hang_s: float, now: Callable[[], float]) -> None:
-        self.hang_s, self.now = hang_s, now
+    def __init__(self, hang_s: float, now: Callable[[], float], named: Callable[[int], str] = "rank {}".format) -> None:
+        self.hang_s, self.now, self.named = hang_s, now, named
         self.looked = now()
         self.beats: Dict[int, Tuple[int, float]] = {}  # rank -> (number, when it was first seen)
         self.ticks: Dict[int, Tuple[int, float]] = {}
@@ -47,7 +47,7 @@ class Watch:
         for rank, sign in enumerate(signs):
             silent = now - self.beats[rank][1]
             if silent > (self.hang_s if sign.beats else max(self.hang_s, FIRST_S)):
-                return "rank %d has stopped answering: no sign of life for %d s. %s" % (rank, silent, _all(signs))
+                return "%s has stopped answering: no sign of life for %d s. %s" % (self.named(rank), silent, _all(signs))
         return None
 
     def _stuck(self, signs: List[Sign], pause: float, training: bool) -> Optional[str]:

@@ -39,7 +39,7 @@ def run(logs, body, **options):
         result = launch.supervise(made)
     except RunFailed as error:
         result = str(error)
-    assert [p.poll() for p in made.processes if p.poll() is None] == []
+    assert made.local.running() == []
     return result, time.monotonic() - start
 
 
