@@ -4,6 +4,7 @@ current  DeepSpeed 0.19.8, torch 2.13, Python >= 3.10
 pinned   DeepSpeed 0.9.2,  torch 1.13.1, Python 3.8
 """
 
+import functools
 import glob
 import importlib.util
 import inspect
@@ -15,6 +16,7 @@ import sys
 from importlib import metadata
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
+from . import native
 from .errors import RunFailed, UserError
 
 TESTED = ("0.9.2", "0.19.8")
@@ -175,3 +177,28 @@ def fused_adamw(cuda: bool) -> bool:
 def has_grouped_queries(version: Optional[str]) -> bool:
     """transformers' llama reads num_key_value_heads since 4.31; before, it cannot be a reference for grouped queries."""
     return version is not None and release(version) >= (4, 31)
+
+
+def constant(function: Any) -> Any:
+    """Decorator: computed once for the same arguments, and a constant of a compiled graph instead of being computed there.
+    torch before 2.1 compiles nothing."""
+    import torch
+
+    cached = functools.lru_cache(maxsize=None)(function)
+
+    def kept(*args: Any) -> Any:  # the cache's own wrapper would be looked through, down to the function
+        return cached(*args)
+
+    mark = getattr(getattr(torch, "compiler", None), "assume_constant_result", None)
+    marked = kept if mark is None else mark(kept)
+    marked.cache_clear = cached.cache_clear
+    return marked
+
+
+def check_compile(torch_version: Optional[str], gpus: int) -> None:
+    """Raises UserError where torch.compile, or what it needs, is missing: run.compile."""
+    if torch_version is None or release(torch_version) < (2, 6, 0):
+        raise UserError("run.compile: torch %s cannot compile the blocks, 2.6 and later can; leave it out" % torch_version)
+    missing = native.without_triton(gpus) if gpus else native.without_cpp()
+    if missing:
+        raise UserError("run.compile: %s; install it, or leave run.compile out" % missing)

@@ -16,6 +16,7 @@ class Run(Section):
     seed: int = 42
     hang_s: int = 40  # a rank without a sign of life for so long ends the run
     self_test: bool = True  # once per new environment, before step 1
+    compile: bool = False  # blocks through torch.compile, on GPUs with FlexAttention
     wandb: Union[bool, str] = False  # true, or the project's name
 
 

@@ -102,7 +102,8 @@ class Pipeline:
         parallel = config.parallel
         topology = topology_of(parallel.axes, parallel.pipe, parallel.data)
         self.config, self.dims, self.cuda = config, dims, cuda
-        self.stage = Stage(dims, boundaries, topology, DTYPES[config.model.dtype], recompute=parallel.recompute == "blocks")
+        recompute = parallel.recompute == "blocks"
+        self.stage = Stage(dims, boundaries, topology, DTYPES[config.model.dtype], recompute, config.run.compile)
         where = topology.get_coord(self.stage.global_rank)
         self.pipe_rank, self.data_rank = int(where.pipe), int(where.data)
         groups = parameter_groups(self.stage, config.optim.weight_decay)
@@ -184,6 +185,21 @@ class Pipeline:
         if self.config.parallel.data > 1:
             torch.distributed.all_reduce(whole, group=parameter._dp_group)  # type: ignore[attr-defined]
         return whole.view(parameter.shape).cpu() if wanted else whole
+
+    def pieces(self, layer: int, size: int) -> Iterator[Tuple[str, int, torch.Tensor]]:
+        """(slot name, number of the first element, values) of the fp32 master weights of a layer of this rank, as far as this
+        replica holds them: the replicas' pieces together are what read_whole gives, bit by bit. Flat, at most ``size`` elements at
+        once, where the optimizer keeps them; not to be written to. No other rank is needed."""
+        for name, parameter in self.stage.layers[layer].named_parameters():
+            piece = self._piece(parameter)
+            if piece is None:
+                continue
+            flat, inside, of = piece
+            values = flat.detach()[inside]
+            for start in range(0, len(values), size):
+                part = values[start : start + size]
+                # read_whole adds the others' zeros, which makes 0.0 of -0.0
+                yield name, of.start + start, part + 0.0 if self.config.parallel.data > 1 else part
 
     def write_whole(self, parameter: torch.nn.Parameter, value: torch.Tensor, moment: Optional[str] = None) -> None:
         """The reverse of read_whole; a weight also goes, rounded to the run's dtype, into the parameter itself."""

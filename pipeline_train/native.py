@@ -12,10 +12,15 @@ def _compiler(variable: str, names: Sequence[str]) -> bool:
     return any(shutil.which(name.split()[0]) for name in ([chosen] if chosen and chosen.strip() else names))
 
 
+def without_cpp() -> Optional[str]:
+    """Why torch.compile cannot build for the CPU, or None."""
+    return None if _compiler("CXX", ("c++", "g++", "clang++")) else "there is no C++ compiler"
+
+
 def without_cpu_adam() -> Optional[str]:
     """Why DeepSpeed's optimizers for the CPU cannot be built (torch.utils.cpp_extension needs both), or None."""
-    if not _compiler("CXX", ("c++", "g++", "clang++")):
-        return "there is no C++ compiler"
+    if without_cpp():
+        return without_cpp()
     if not (shutil.which("ninja") or importlib.util.find_spec("ninja")):
         return "ninja is not installed"
     return None

@@ -7,7 +7,7 @@
 Exactly one float tensor crosses a boundary: DeepSpeed sends a gradient back for every float it sent forward.
 """
 
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 import torch
 from deepspeed import comm as dist
@@ -27,13 +27,17 @@ class PipeLayer(torch.nn.Module):
     """A layer on the wire. ``inner`` is the family's module; its state_dict keys are the slot names.
 
     ``recompute``: keep only the block's input for the backward pass and run the block again there.
+    ``compiled``: blocks through torch.compile (one graph serves all), on a GPU with FlexAttention.
     """
 
-    def __init__(self, dims: Dims, layer: int, dtype: torch.dtype, recompute: bool) -> None:
+    def __init__(self, dims: Dims, layer: int, dtype: torch.dtype, recompute: bool, compiled: bool = False) -> None:
         super().__init__()
         self.kind = dims.kind_of(layer)
         self.recompute = recompute and self.kind == "block"
+        self.compiled = compiled and self.kind == "block"
+        self.head_dim = dims.head_dim
         self.inner = build_layer(dims, layer).to(dtype)
+        self.faster: Optional[Callable[..., Any]] = torch.compile(self.inner.forward, dynamic=False) if self.compiled else None
 
     def forward(self, wire: Wire) -> Any:
         first, positions, segments = wire
@@ -41,12 +45,21 @@ class PipeLayer(torch.nn.Module):
             return self.inner(first)
         if self.kind == "embed":
             return self.inner(first), positions, segments
+        block, seen = self.faster or self.inner, self._seen(first, segments)
         if self.recompute and torch.is_grad_enabled():
             # No dropout anywhere, so the random state need not be replayed.
-            hidden = checkpoint(self.inner, first, positions, segments, use_reentrant=False, preserve_rng_state=False)
+            hidden = checkpoint(block, first, positions, seen, use_reentrant=False, preserve_rng_state=False)
         else:
-            hidden = self.inner(first, positions, segments)
+            hidden = block(first, positions, seen)
         return hidden, positions, segments
+
+    def _seen(self, hidden: torch.Tensor, segments: torch.Tensor) -> Any:
+        """What attention takes: the segments, or FlexAttention's mask of them. Made for each block anew: some 50 us."""
+        if not self.compiled:
+            return segments
+        from .models import flex  # not in the pinned stack
+
+        return flex.mask_of(segments) if flex.takes(hidden, self.head_dim) else segments
 
 
 class TiedGradient:
@@ -70,12 +83,18 @@ class Stage(PipelineModule):
     """
 
     def __init__(
-        self, dims: Dims, boundaries: Sequence[int], topology: ProcessTopology, dtype: torch.dtype, recompute: bool
+        self,
+        dims: Dims,
+        boundaries: Sequence[int],
+        topology: ProcessTopology,
+        dtype: torch.dtype,
+        recompute: bool,
+        compiled: bool = False,
     ) -> None:
         # _partition_layers runs inside the base constructor and reads this.
         self.boundaries = list(boundaries)
         self.loss_factor = 0.0
-        specs = [LayerSpec(PipeLayer, dims, layer, dtype, recompute) for layer in range(dims.layers)]
+        specs = [LayerSpec(PipeLayer, dims, layer, dtype, recompute, compiled) for layer in range(dims.layers)]
         super().__init__(layers=specs, topology=topology, loss_fn=self.loss, partition_method="explicit")
         self.dims = dims
         mine = range(self._local_start, self._local_stop)

@@ -5,9 +5,8 @@ segment. Padding counts as a segment of its own, so that its softmax is never em
 """
 
 import contextlib
-import functools
 import math
-from typing import Iterator, List, Optional
+from typing import Any, Iterator, List, Optional
 
 import torch
 from torch.nn import functional as F
@@ -21,15 +20,19 @@ def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    segments: torch.Tensor,
+    segments: Any,
     positions: torch.Tensor,
     alibi_slopes: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(E) + alibi) v, causal and within segments; the softmax in fp32 for every dtype.
 
     q[B,H,T,E], k and v[B,G,T,E] with G dividing H, segments and positions[B,T] int64, alibi_slopes[H] fp32 or None
-    -> [B,T,H*E] in q's dtype.
+    -> [B,T,H*E] in q's dtype. In place of ``segments`` flex.mask_of's mask: then FlexAttention does it.
     """
+    if not isinstance(segments, torch.Tensor):
+        from . import flex  # not in the pinned stack
+
+        return flex.attend(q, k, v, segments, positions, alibi_slopes).transpose(1, 2).flatten(2)
     groups = q.shape[1] // k.shape[1]
     k, v = _repeat(k, groups), _repeat(v, groups)
     allowed = visible(segments)
@@ -70,7 +73,7 @@ def alibi_slopes(heads: int) -> List[float]:
     return slopes + [2.0 ** (-4.0 * (2 * i + 1) / nearest) for i in range(heads - nearest)]
 
 
-@functools.lru_cache(maxsize=None)
+@compat.constant
 def slopes_on(heads: int, device: torch.device) -> torch.Tensor:
     """``alibi_slopes`` as fp32 [H]; kept per device, and no buffer, because casting a module would round it."""
     return torch.tensor(alibi_slopes(heads), dtype=torch.float32, device=device)

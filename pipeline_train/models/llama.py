@@ -1,6 +1,5 @@
 """The llama family's layers: embed, block, norm + head. Torch only; parameter names are HF's (families/llama.py)."""
 
-import functools
 import math
 from typing import Optional, Tuple
 
@@ -8,12 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .. import compat
 from ..families import Dims, RopeScaling
 from .attention import attend
 from .layers import Embedding, Linear, RMSNorm
 
 
-@functools.lru_cache(maxsize=None)
+@compat.constant
 def inverse_frequencies(head_dim: int, theta: float, scaling: Optional[RopeScaling], device: torch.device) -> torch.Tensor:
     """[head_dim / 2] fp32, always computed on the CPU: another device's pow differs by an ulp, which 100k positions multiply.
 

@@ -1,0 +1,98 @@
+"""run.compile: blocks through torch.compile are the same blocks. FlexAttention, GPUs only, is compared in benchmarks/compile.py."""
+
+import pytest
+import torch
+
+from pipeline_train import compat, families, native
+from pipeline_train.errors import UserError
+from pipeline_train.models import init_layer
+from pipeline_train.stages import PipeLayer
+
+LLAMA = {"model_type": "llama", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rope_scaling": {
+             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": 64}}  # fmt: skip
+BLOOM = {"model_type": "bloom", "vocab_size": 100, "hidden_size": 36, "n_layer": 3, "n_head": 3, "hidden_dropout": 0.0,
+         "attention_dropout": 0.0}  # fmt: skip
+MODELS = {"llama": LLAMA, "bloom": BLOOM}
+CAN = compat.release(torch.__version__) >= (2, 6) and native.without_cpp() is None
+compiles = pytest.mark.skipif(not CAN, reason="torch.compile needs torch 2.6 and a C++ compiler")
+
+
+def run(dims, compiled, recompute):
+    """-> what three blocks give for two packed rows, and all their gradients."""
+    layers = [PipeLayer(dims, layer, torch.float32, recompute, compiled) for layer in (1, 2, 3)]
+    for layer, module in enumerate(layers, 1):
+        init_layer(module.inner, dims, layer, seed=0)
+    hidden = torch.randn(2, 24, dims.hidden, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    segments = torch.tensor([[1] * 15 + [2] * 9, [1] * 6 + [2] * 12 + [0] * 6])
+    positions = torch.cat([torch.arange(15), torch.arange(9)]).expand(2, 24).contiguous()
+    wire = (hidden, positions, segments)
+    for module in layers:
+        wire = module(wire)
+    wire[0].square().sum().backward()
+    return wire[0].detach(), [hidden.grad] + [p.grad for module in layers for p in module.inner.parameters()]
+
+
+def distance(a, b):
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-6))
+
+
+@compiles
+@pytest.mark.parametrize("family", sorted(MODELS))
+def test_compiled_blocks_are_the_same_and_share_one_graph(family):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    dims = families.dims_of(MODELS[family])
+    out, gradients = run(dims, compiled=False, recompute=False)
+    for recompute in (False, True):
+        found, theirs = run(dims, compiled=True, recompute=recompute)
+        assert distance(found, out) < 1e-6
+        assert max(distance(a, b) for a, b in zip(theirs, gradients)) < 1e-5
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@compiles
+def test_a_compiled_layer_has_the_same_names():
+    dims = families.dims_of(LLAMA)
+    plain, compiled = (PipeLayer(dims, 1, torch.float32, False, c) for c in (False, True))
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
+def test_only_blocks_are_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function, raising=False)
+    dims = families.dims_of(LLAMA)
+    assert [PipeLayer(dims, n, torch.float32, False, True).faster is not None for n in (0, 1, 4)] == [False, True, False]
+    assert PipeLayer(dims, 1, torch.float32, False).faster is None
+
+
+@pytest.mark.parametrize("version, gpus, missing, text", [
+    ("1.13.1", 1, None, "run.compile: torch 1.13.1 cannot compile the blocks, 2.6 and later can; leave it out"),
+    ("2.13.0", 0, "without_cpp", "run.compile: there is no C++ compiler; install it, or leave run.compile out"),
+    ("2.13.0", 1, "without_triton", "run.compile: there is no C compiler; install it, or leave run.compile out"),
+])  # fmt: skip
+def test_where_it_cannot_be_had_it_is_refused(monkeypatch, version, gpus, missing, text):
+    if missing is not None:
+        reason = "there is no C++ compiler" if missing == "without_cpp" else "there is no C compiler"
+        monkeypatch.setattr(native, missing, lambda *args: reason)
+    with pytest.raises(UserError) as caught:
+        compat.check_compile(version, gpus)
+    assert str(caught.value) == text
+
+
+def test_where_it_can_be_had_it_is_taken(monkeypatch):
+    monkeypatch.setattr(native, "without_cpp", lambda: None)
+    compat.check_compile("2.13.0", 0)
+
+
+def test_a_run_is_refused_before_it_starts(monkeypatch):
+    from pipeline_train import config, prepare
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(native, "without_cpp", lambda: "there is no C++ compiler")
+    run = config.parse({"run": {"out": "o", "compile": True}, "model": {"path": "m", "dtype": "fp32"}, "data": {"train": "t"},
+                        "parallel": {"pipe": 1}})  # fmt: skip
+    with pytest.raises(UserError, match="run.compile: "):
+        prepare.resolve_device(run, dict(compat.versions(), deepspeed="0.19.8"), "run.yaml", print)
