@@ -190,7 +190,7 @@ def constant(function: Any) -> Any:
         return cached(*args)
 
     mark = getattr(getattr(torch, "compiler", None), "assume_constant_result", None)
-    marked = kept if mark is None else mark(kept)
+    marked: Any = kept if mark is None else mark(kept)
     marked.cache_clear = cached.cache_clear
     return marked
 
