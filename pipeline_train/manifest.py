@@ -81,6 +81,15 @@ def read(folder: PathLike) -> Dict[str, Any]:
     Raises UserError, one line, when the folder, the manifest or a listed file is missing or of another size, or the manifest
     says what cannot be; Unreadable when it cannot be known whether that is so.
     """
+    document = parse(folder)
+    elsewhere = _elsewhere(Path(folder), document)
+    for name, entry in document["files"].items():
+        _check_file(Path(folder) / name, entry, name in elsewhere)
+    return document
+
+
+def parse(folder: PathLike) -> Dict[str, Any]:
+    """The manifest alone, whatever else is in the folder. Raises UserError and Unreadable as ``read`` does."""
     path = Path(folder) / NAME
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -95,13 +104,12 @@ def read(folder: PathLike) -> Dict[str, Any]:
         raise UserError("%s: cannot be read (%s); use another checkpoint" % (path, error)) from None
     check_keys(document, str(path))
     check_step(document, Path(folder).name, str(path))
-    manifest_where.check(document, str(path))
-    elsewhere = _elsewhere(Path(folder), document)
     for name, entry in document["files"].items():
-        _check_file(Path(folder), name, entry, name in elsewhere)
+        _check_entry(path, name, entry)
     for layer in range(document["layers"]):
         if layer_file(layer) not in document["files"]:
             raise UserError("%s: lists no %s although the model has %d layers" % (path, layer_file(layer), document["layers"]))
+    manifest_where.check(document, str(path))
     return document
 
 
@@ -202,13 +210,17 @@ def _elsewhere(folder: Path, document: Dict[str, Any]) -> Set[str]:
     return set() if node is None else {name for name in document["files"] if node not in document["where"]["files"][name]}
 
 
-def _check_file(folder: Path, name: str, entry: Any, elsewhere: bool) -> None:
-    """``elsewhere``: it may be missing."""
-    path, known = folder / name, entry if isinstance(entry, dict) else {}
+def _check_entry(path: Path, name: str, entry: Any) -> None:
+    """``path``: the manifest's. A name stays inside its folder."""
+    known = entry if isinstance(entry, dict) else {}
     named = name.isprintable() and os.path.basename(name) == name and name not in ("", ".", "..", NAME, manifest_where.NODE)
     sha256 = known.get("sha256")
     if not (named and type(known.get("size")) is int and isinstance(sha256, str) and SHA256.fullmatch(sha256)):
-        raise UserError("%s: files: %s is not a file of this folder with a size and a sha256" % (folder / NAME, short(name)))
+        raise UserError("%s: files: %s is not a file of this folder with a size and a sha256" % (path, short(name)))
+
+
+def _check_file(path: Path, entry: Dict[str, Any], elsewhere: bool) -> None:
+    """``elsewhere``: it may be missing."""
     try:
         found = path.stat()
     except OSError as error:

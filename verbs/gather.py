@@ -1,0 +1,72 @@
+"""``pipedock gather``: a checkpoint that lies scattered over nodes without a shared disk -> whole in one place."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict
+
+HELP = "bring the files of a checkpoint that lie on other nodes: to this node over ssh, or to node 0 without"
+PORT = 29500
+WAIT_S = 300.0
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", required=True, metavar="RUN_OR_CHECKPOINT", help="the same path on every node")
+    parser.add_argument("--hostfile", metavar="FILE", type=Path,
+                        help="on one node: fetch what is missing from these hosts, by rsync over ssh")  # fmt: skip
+    parser.add_argument("--nodes", type=int, metavar="N", help="without ssh: run it on each of the N nodes")
+    parser.add_argument("--node-rank", type=int, metavar="R", help="which of them this is, from 0")
+    parser.add_argument("--master-addr", metavar="ADDRESS", help="of node 0")
+    parser.add_argument(
+        "--master-port", type=int, default=PORT, metavar="PORT", help="as for train (%d); the next one is used" % PORT
+    )
+    parser.add_argument("--everywhere", action="store_true", help="make it whole on every node, not only on node 0")
+    parser.add_argument("--without-optimizer", action="store_true",
+                        help="leave out the optimizer's state: enough for to-hf and verify, not for --resume")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> Dict[str, Any]:
+    from pipeline_train.errors import UserError
+
+    joined = [args.nodes, args.node_rank, args.master_addr]
+    if args.hostfile is not None and any(value is not None for value in joined + [args.everywhere or None]):
+        raise UserError("--hostfile: fetches over ssh to this node alone; it goes without --nodes and its like")
+    if args.hostfile is not None:
+        from pipeline_train.gather_ssh import fetch
+
+        return fetch(Path(args.input), args.hostfile, _say, not args.without_optimizer)
+    if any(value is None for value in joined):
+        raise UserError("name the hosts with --hostfile, or run it on every node with --nodes, --node-rank and --master-addr")
+    if args.nodes < 2 or not 0 <= args.node_rank < args.nodes:
+        raise UserError("--nodes %d --node-rank %d: expected at least 2 nodes, numbered from 0" % (args.nodes, args.node_rank))
+    if not 0 < args.master_port < 65535:
+        raise UserError("--master-port %d: expected a port below 65535" % args.master_port)
+    return _join(args)
+
+
+def _join(args: argparse.Namespace) -> Dict[str, Any]:
+    from pipeline_train.control import Channel
+    from pipeline_train.gather import bring
+
+    channel = Channel.open(args.node_rank, args.nodes, args.master_addr, args.master_port + 1, os.uname().nodename, WAIT_S, _say)
+    try:
+        document = bring(channel, Path(args.input), _say, args.everywhere, not args.without_optimizer)
+    except BaseException as error:
+        channel.close(error)
+        raise
+    channel.close()
+    return document
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+def text(document: Dict[str, Any]) -> str:
+    from pipeline_train.host import size
+
+    if not document["files"]:
+        return "%(checkpoint)s: nothing was missing here" % document
+    return "%s: %d files, %s, came in %.1f s" % (
+        document["checkpoint"], document["files"], size(document["bytes"]), document["seconds"])  # fmt: skip
