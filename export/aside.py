@@ -18,26 +18,52 @@ def output_folder(output: str, needed: int, overwrite: bool = False) -> Iterator
     ``needed``: bytes that will be written, checked against the free space. Raises UserError when ``output`` is there and not
     empty (``overwrite`` replaces an export of ours) or cannot be made, RunFailed when writing fails.
     """
-    final = Path(os.path.abspath(output))
+    begin(output, needed, overwrite)
+    with published(output) as partial:
+        yield partial
+
+
+def begin(output: str, needed: int, overwrite: bool = False) -> Path:
+    """Make the empty folder that ``published`` takes. Raises UserError, see ``output_folder``."""
     check_free(output, overwrite)
-    partial = final.parent / (".%s.partial" % final.name)
+    partial = partial_of(output)
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
         if partial.exists():  # of a run that was killed
             shutil.rmtree(str(partial))
         partial.mkdir()
         free = shutil.disk_usage(str(partial)).free
     except OSError as error:
         raise UserError("%s: cannot be made: %s: %s" % (output, error.filename, error.strerror)) from None
+    if free < needed:
+        abandon(output)
+        raise UserError("%s: needs %s, only %s are free there" % (output, _size(needed), _size(free)))
+    return partial
+
+
+@contextlib.contextmanager
+def published(output: str) -> Iterator[Path]:
+    """The folder that ``begin`` made becomes ``output`` at the end, when all its files are on the disk; an error removes it. Raises
+    RunFailed when writing fails."""
+    partial = partial_of(output)
     try:
-        if free < needed:
-            raise UserError("%s: needs %s, only %s are free there" % (output, _size(needed), _size(free)))
         yield partial
-        _replace(partial, final)
+        _sync(partial)
+        _replace(partial, Path(os.path.abspath(output)))
     except OSError as error:
         raise RunFailed("%s: writing failed: %s" % (output, error.strerror or error)) from None
     finally:
-        shutil.rmtree(str(partial), ignore_errors=True)
+        abandon(output)
+
+
+def abandon(output: str) -> None:
+    """Nothing of an export that is not done stays. May be called when there is none."""
+    shutil.rmtree(str(partial_of(output)), ignore_errors=True)
+
+
+def partial_of(output: str) -> Path:
+    final = Path(os.path.abspath(output))
+    return final.parent / (".%s.partial" % final.name)
 
 
 def write_marker(folder: Path, document: Dict[str, Any]) -> None:
@@ -96,6 +122,16 @@ def _check_parent(output: str, final: Path) -> None:
 
 def _size(nbytes: int) -> str:
     return "%.2f GiB" % (nbytes / 2**30) if nbytes >= 2**30 else "%.2f MiB" % (nbytes / 2**20)
+
+
+def _sync(folder: Path) -> None:
+    """Everything in a folder is on the disk: its name must not survive a power cut that its files do not."""
+    for path in [p for p in folder.rglob("*") if p.is_file() or p.is_dir()] + [folder]:
+        number = os.open(str(path), os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def _replace(partial: Path, final: Path) -> None:

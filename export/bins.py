@@ -16,7 +16,7 @@ from torch._utils import _rebuild_tensor_v2
 
 from pipeline_train.weights import Source, same_bits
 from pipeline_train.weights.files import open_file
-from pipeline_train.weights.writing import Item
+from pipeline_train.weights.writing import Item, bytes_of
 
 INDEX = "pytorch_model.bin.index.json"
 STORAGES = {"F32": torch.FloatStorage, "F16": torch.HalfStorage, "BF16": torch.BFloat16Storage}
@@ -54,18 +54,21 @@ class _Pickler(pickle.Pickler):
 
 
 def write(path: Path, items: List[Item], pieces: Pieces) -> None:
-    """One file of ``items``. OSError passes through."""
+    """One file of ``items``: the same bytes whenever it is written. OSError passes through."""
     page = io.BytesIO()
     _Pickler(page, protocol=2).dump({item.name: _Tensor(item, number) for number, item in enumerate(items)})
     with zipfile.ZipFile(str(path), "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("%s/data.pkl" % path.stem, page.getvalue())
-        archive.writestr("%s/byteorder" % path.stem, "little")
+
+        def entry(name: str) -> zipfile.ZipInfo:
+            return zipfile.ZipInfo("%s/%s" % (path.stem, name))  # with no date of today's
+
+        archive.writestr(entry("data.pkl"), page.getvalue())
+        archive.writestr(entry("byteorder"), "little")
         for number, item in enumerate(items):
-            entry = zipfile.ZipInfo("%s/data/%d" % (path.stem, number))
-            with archive.open(entry, "w", force_zip64=True) as file:
+            with archive.open(entry("data/%d" % number), "w", force_zip64=True) as file:
                 for piece in pieces(item):
-                    file.write(memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
-        archive.writestr("%s/version" % path.stem, "3\n")
+                    file.write(bytes_of(piece))
+        archive.writestr(entry("version"), "3\n")
 
 
 def plan(shards: List[Tuple[str, List[Item]]]) -> List[Tuple[str, List[Item]]]:

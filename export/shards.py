@@ -9,6 +9,7 @@ from pipeline_train.errors import UserError
 from pipeline_train.weights.files import WIDTHS
 from pipeline_train.weights.writing import Item
 
+SHARD_SIZE = "5GB"  # unless somebody says otherwise
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

@@ -3,12 +3,13 @@
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 
 from pipeline_train import manifest
 from pipeline_train.errors import RunFailed, UserError
+from pipeline_train.families import Dims, ModelFamily
 from pipeline_train.proof import MARK
 from pipeline_train.weights import Source, open_source, same_bits
 from pipeline_train.weights.files import NAMES, TORCH_DTYPES
@@ -17,10 +18,11 @@ from pipeline_train.weights.writing import Item, TensorFile
 from . import aside, bins, card, sidecars, targets
 from .from_hf import SHORT, main_dtype, versions
 from .measure import Meter, Progress
-from .shards import parse_size, plan, write_index
+from .shards import SHARD_SIZE, parse_size, plan, write_index
 from .targets import Target
 
 DTYPES = {short: name for name, short in SHORT.items()}  # "bf16" -> "BF16"
+Shard = Tuple[str, List[Item]]  # its file's name, its tensors in order
 
 
 def to_hf(
@@ -28,7 +30,7 @@ def to_hf(
     output: str,
     target: str = "hf",
     dtype: Optional[str] = None,
-    shard_size: str = "5GB",
+    shard_size: str = SHARD_SIZE,
     overwrite: bool = False,
     progress: Optional[Progress] = None,
 ) -> Dict[str, Any]:
@@ -50,30 +52,42 @@ def to_hf(
         source.check_tied()
         check_head(source, wanted)
     items = export_items(source, dtype, wanted)
-    main, _ = main_dtype(items)
     shards = plan(items, limit)
     meter = Meter(sum(item.nbytes for item in items), progress)
-    about = {
-        "target": target,
-        "family": source.family.name,
-        "tied": source.dims.tied,
-        "dtype": SHORT[main],
-        "step": step_of(source),
-    }
+    about = about_of(source, wanted, items)
     with aside.output_folder(output, meter.total, overwrite) as folder, _checked(source, wanted) as check:
         for name, shard in shards:
             check()
             _write_shard(folder / name, shard, source, meter)
-        write_index(folder, shards)
         if targets.needs_bins(wanted, source.family):
-            _write_bins(folder, shards, source)
-        notes = targets.notes(wanted, source.family, sidecars.copy(source.folder, folder, wanted.merges))
-        dims = targets.exported_dims(wanted, source.family, source.dims)
-        sidecars.finish(folder, sidecars.export_config(source.config, source.family, dims, main))
-        page = dict(about, format="pipedock-export/1", source=source.kind, versions=versions())
-        card.write(folder, source, page, Path(output).name)
-        aside.write_marker(folder, page)
+            for name, shard in bins.plan(shards):
+                bins.write(folder / name, shard, lambda item: _pieces(source, item))
+        notes = finish(folder, source, wanted, shards, Path(output).name)
     return dict(about, output=str(output), shards=len(shards), notes=notes, **meter.figures())
+
+
+def finish(folder: Path, source: Source, target: Target, shards: List[Shard], name: str) -> List[str]:
+    """Everything beside the weights of ``shards``, which are there; -> what the user should know. ``name``: the model's, where the
+    run has none. Raises UserError, OSError."""
+    items = [item for _, shard in shards for item in shard]
+    write_index(folder, shards)
+    if targets.needs_bins(target, source.family):
+        bins.write_index(folder, bins.plan(shards))
+    notes = targets.notes(target, source.family, sidecars.copy(source.folder, folder, target.merges))
+    dims = targets.exported_dims(target, source.family, source.dims)
+    sidecars.finish(folder, sidecars.export_config(source.config, source.family, dims, main_dtype(items)[0]))
+    page = dict(about_of(source, target, items), format="pipedock-export/1", source=source.kind, versions=versions())
+    card.write(folder, source, page, name)
+    aside.write_marker(folder, page)
+    return notes
+
+
+def about_of(source: Source, target: Target, items: List[Item]) -> Dict[str, Any]:
+    """What an export says about itself."""
+    dtype = SHORT[main_dtype(items)[0]]
+    return {
+        "target": target.name, "family": source.family.name, "tied": source.dims.tied, "dtype": dtype, "step": step_of(source),
+    }  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -122,11 +136,20 @@ def export_items(source: Source, dtype: Optional[str], target: Target) -> List[I
     if dtype is None and source.kind == "checkpoint":
         assert source.manifest is not None
         dtype = source.manifest["run_dtype"]
-    items = []
-    for name, layer, slot in targets.exported(target, source.family, source.dims):
-        kept = DTYPES[dtype] if dtype is not None else source.entry(layer, slot.name).dtype
-        items.append(Item(name, kept, slot.size(source.dims), (layer, slot.name)))
-    return items
+    if dtype is not None:
+        return items_of(source.family, source.dims, dtype, target)
+    return [
+        Item(name, source.entry(layer, slot.name).dtype, slot.size(source.dims), (layer, slot.name))
+        for name, layer, slot in targets.exported(target, source.family, source.dims)
+    ]
+
+
+def items_of(family: ModelFamily, dims: Dims, dtype: str, target: Target) -> List[Item]:
+    """The same where all have one dtype: "fp32", "bf16" or "fp16"."""
+    return [
+        Item(name, DTYPES[dtype], slot.size(dims), (layer, slot.name))
+        for name, layer, slot in targets.exported(target, family, dims)
+    ]
 
 
 def cast(tensor: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
@@ -148,13 +171,6 @@ def _write_shard(path: Path, shard: List[Item], source: Source, meter: Meter) ->
         for item in shard:
             writer.write(item.name, _pieces(source, item))
             meter.add(item.nbytes)
-
-
-def _write_bins(folder: Path, shards: List[Any], source: Source) -> None:
-    planned = bins.plan(shards)
-    for name, items in planned:
-        bins.write(folder / name, items, lambda item: _pieces(source, item))
-    bins.write_index(folder, planned)
 
 
 def _pieces(source: Source, item: Item) -> Iterator[torch.Tensor]:

@@ -44,8 +44,6 @@ def launch(
         command += ["--resume", str(prepared.resume.resolve())]
     if finish is not None:
         command += ["--finish", finish]
-    if finish is not None:
-        command += ["--finish", finish]
     world = prepared.config.world
     team = team or Team(Place.alone(world))
     env = environment(world, prepared.gpus, len(team.place.ranks))

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import ctypes
 import faulthandler
+import importlib
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Optional
 
 from .pulse import Pulse
 
@@ -71,9 +72,12 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--total-steps", required=True, type=int)
     parser.add_argument("--resume", type=Path)
+    parser.add_argument(
+        "--finish", metavar="MODULE:FUNCTION", help="called by all ranks with their Pipeline when they have trained"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
-    answer_for(args.out / "logs", lambda pulse: train(args.out, args.total_steps, args.resume, pulse))
+    answer_for(args.out / "logs", lambda pulse: train(args.out, args.total_steps, args.resume, pulse, args.finish))
 
 
 def leave() -> None:
@@ -89,8 +93,8 @@ def report(message: Dict[str, Any]) -> None:
     os.write(int(os.environ[PROGRESS]), (json.dumps(message) + "\n").encode())
 
 
-def train(out: Path, total: int, resume: Any, pulse: Pulse) -> Dict[str, Any]:
-    """Build this rank's stage, fill it, run the loop; -> the summary."""
+def train(out: Path, total: int, resume: Any, pulse: Pulse, finish: Optional[str] = None) -> Dict[str, Any]:
+    """Build this rank's stage, fill it, run the loop; -> the summary, with what ``finish`` returns under "finish"."""
     import torch
 
     from . import checkpoint, config, engine, families
@@ -131,6 +135,9 @@ def train(out: Path, total: int, resume: Any, pulse: Pulse) -> Dict[str, Any]:
     finally:
         if metrics is not None:
             metrics.close()
+    if finish is not None and not summary.get("stopped"):
+        module, name = finish.split(":")
+        summary["finish"] = getattr(importlib.import_module(module), name)(pipe)
     torch.distributed.barrier()  # nobody leaves while another one still needs it
     return summary
 

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
-from . import self_test
+from . import exporting, self_test
 from .progress import Progress, say
 
 HELP = "fine-tune all weights (or train from scratch) with pipeline parallelism"
@@ -71,21 +71,14 @@ def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
     from pipeline_train.prepare import prepare
     from pipeline_train.report import Keeper
 
-    if loaded.export is not None:
-        from export.aside import check_free
-
-        inputs = [path for path in (loaded.run.out, loaded.model.path, loaded.data.train, loaded.data.eval) if path is not None]
-        check_free(loaded.export.dir, overwrite=args.resume is not None, apart_from=inputs)  # now, not after days of training
+    exporting.check_before(loaded, args.resume is not None)
     prepared = prepare(loaded, Path(args.config), args.resume, say, args.allow_changed_data, args.hostfile)
-    if loaded.export is not None:
-        from export.targets import check_run
-
-        check_run(loaded.export.target, prepared.dims)
+    exporting.check_model(loaded.export, prepared.dims)
     out = str(prepared.out)
     if prepared.done >= prepared.total:
         say("%s: finished already, at step %d of %d" % (out, prepared.done, prepared.total))
         done = {"out": out, "steps": prepared.done, "checkpoint": str(prepared.resume), "finished": True}
-        return dict(done, loss_first=None, loss_last=None, seconds=0.0, tokens=0, peak_gib=[], **_export(prepared, trained=False))
+        return dict(done, loss_first=None, loss_last=None, seconds=0.0, tokens=0, peak_gib=[], **exporting.export(prepared, False))
     selftest_run.once(prepared, say)
     parallel = prepared.config.parallel
     say("%s: steps %d to %d, %d stages x %d replicas, layers per stage %s, %s on %s" % (
@@ -93,13 +86,15 @@ def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
         "%d GPUs" % (parallel.pipe * parallel.data) if prepared.gpus else "CPU",
     ))  # fmt: skip
     keeper = Keeper(prepared.out, prepared.done, say)
-    summary = _launch(prepared, keeper)
-    say("peak memory per stage: %s GiB" % ", ".join("%.2f" % gib for gib in summary["peak_gib"]))
-    say("report: %s" % (prepared.out / "report.html"))
-    try:
-        return dict(summary, out=out, **_export(prepared, trained=True))
-    finally:
-        keeper.write()  # with the proof, whether it holds or not
+    with exporting.nothing_half_done(prepared.config.export):
+        summary = _launch(prepared, keeper)
+        say("peak memory per stage: %s GiB" % ", ".join("%.2f" % gib for gib in summary["peak_gib"]))
+        say("report: %s" % (prepared.out / "report.html"))
+        try:
+            written = summary.pop("finish", None)
+            return dict(summary, out=out, **exporting.export(prepared, True, written))
+        finally:
+            keeper.write()  # with the proof, whether it holds or not
 
 
 def _launch(prepared: Any, keeper: Any) -> Dict[str, Any]:
@@ -115,7 +110,7 @@ def _launch(prepared: Any, keeper: Any) -> Dict[str, Any]:
         keeper.show(message)
 
     try:
-        summary = launch(prepared, show)
+        summary = launch(prepared, show, finish=exporting.by_ranks(run.export))
     except (RunFailed, KeyboardInterrupt) as error:
         progress.close()
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped" if isinstance(error, Stopped) else "failed"
@@ -140,21 +135,6 @@ def kept(out: Path) -> str:
     except UserError:
         return "%s: nothing was saved yet; --resume auto starts again. train.save_every sets how often a run is saved" % out
     return "%s: %s is kept; continue with --resume" % (out, newest.name)
-
-
-def _export(prepared: Any, trained: bool) -> Dict[str, str]:
-    """The ``export:`` section: write the HF folder and prove it; when nothing was ``trained``, only if that is still to do."""
-    section = prepared.config.export
-    if section is None:
-        return {}
-    from export.measure import print_progress
-    from export.to_hf import to_hf
-    from export.verify import proved, verify
-
-    if trained or not proved(section.dir, str(prepared.out), prepared.total):
-        to_hf(str(prepared.out), section.dir, section.target, overwrite=True, progress=print_progress("to-hf"))
-        verify(str(prepared.out), section.dir, progress=print_progress("verify"))
-    return {"export": section.dir}
 
 
 def text(document: Dict[str, Any]) -> str:

@@ -33,23 +33,33 @@ class Item(NamedTuple):
         return count
 
 
+def header_of(items: List[Item], more: Optional[Dict[str, str]] = None) -> bytes:
+    """All of a file that stands before the tensors' bytes, which follow in the order of ``items`` without gaps. Metadata
+    {"format": "pt"}, which transformers 4.30 insists on, and ``more``."""
+    header: Dict[str, Any] = {"__metadata__": dict({"format": "pt"}, **(more or {}))}
+    end = 0
+    for item in items:
+        header[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": [end, end + item.nbytes]}
+        end += item.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def bytes_of(values: torch.Tensor) -> memoryview:
+    """The values of a tensor of the host, as they are written."""
+    return memoryview(values.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
 class TensorFile:
-    """Writes the header at once, then exactly ``items`` in their order, and fsyncs at the end of the ``with``. Metadata
-    {"format": "pt"}, which transformers 4.30 insists on, and ``more``. With ``hashed``, ``entry`` is then {"size", "sha256"} as a
-    manifest lists it. OSError passes through."""
+    """Writes the header (see ``header_of``) at once, then exactly ``items`` in their order, and fsyncs at the end of the ``with``.
+    With ``hashed``, ``entry`` is then {"size", "sha256"} as a manifest lists it. OSError passes through."""
 
     def __init__(self, path: Path, items: List[Item], hashed: bool = False, more: Optional[Dict[str, str]] = None) -> None:
         self._left = list(items)
-        header: Dict[str, Any] = {"__metadata__": dict({"format": "pt"}, **(more or {}))}
-        end = 0
-        for item in items:
-            header[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": [end, end + item.nbytes]}
-            end += item.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-        text += b" " * (-len(text) % 8)
         self._size, self._digest = 0, hashlib.sha256() if hashed else None
         self._file = open(str(path), "wb")
-        self._append(memoryview(len(text).to_bytes(8, "little") + text))
+        self._append(memoryview(header_of(items, more)))
 
     def __enter__(self) -> "TensorFile":
         return self
@@ -61,8 +71,7 @@ class TensorFile:
         before = self._size
         for piece in pieces:
             assert NAMES[piece.dtype] == item.dtype, (piece.dtype, item)
-            data = piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-            self._append(memoryview(data))  # type: ignore[arg-type]
+            self._append(bytes_of(piece))
         assert self._size - before == item.nbytes, (self._size - before, item)
 
     def _append(self, data: memoryview) -> None:
