@@ -115,6 +115,14 @@ def weight_files(model: Path) -> List[Path]:
     return next((found for found in (sorted(model.glob(pattern)) for pattern in patterns) if found), [])
 
 
+def digests(document: Dict[str, str]) -> Dict[str, str]:
+    """{kind: 12 hex digits}: equal where all of that kind is."""
+    kinds: Dict[str, List[str]] = {}
+    for key in sorted(document):
+        kinds.setdefault(key.partition("/")[0], []).append("%s %s" % (key, document[key]))
+    return {kind: hashlib.sha256("\n".join(rows).encode("utf-8", "replace")).hexdigest()[:12] for kind, rows in kinds.items()}
+
+
 def differences(documents: Sequence[Dict[str, str]], names: Sequence[str]) -> List[str]:
     """One line for each thing that is not the same on all nodes: what, on which nodes, what to do. ``documents`` and ``names`` of
     the nodes, by their numbers. Files of one kind that differ between the same nodes share a line."""

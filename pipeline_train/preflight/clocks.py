@@ -7,7 +7,7 @@ from ..control import Channel
 from .finding import FAILURE, OK, WARNING, Finding
 
 ROUNDS = 5
-PAUSE_S = 0.05
+PAUSE_S = 0.02
 APART_S = 2.0  # more makes logs and file times of the nodes confusing
 FAR_S = 60.0  # more breaks what rests on time: certificates, Kerberos, caches of network file systems
 Sample = List[float]  # [sent, the other's time, received]

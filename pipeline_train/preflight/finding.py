@@ -35,6 +35,13 @@ class NotReady(UserError):
         self.document = document
 
 
+def size(nbytes: Optional[int]) -> str:
+    """ "64 MiB", "7.5 GiB"."""
+    if nbytes is None:
+        return "?"
+    return "%.1f GiB" % (nbytes / 2**30) if nbytes >= 2**30 else "%.0f MiB" % (nbytes / 2**20)
+
+
 def at(node: int, findings: List[Finding]) -> List[Finding]:
     """The same of this node."""
     return [finding._replace(node=node) for finding in findings]

@@ -7,11 +7,11 @@ from typing import Any, Dict, List, Optional
 
 from .. import compat
 from ..errors import RunFailed
-from .finding import FAILURE, NOTE, OK, WARNING, Facts, Finding
+from .finding import FAILURE, NOTE, OK, WARNING, Facts, Finding, size
 
 CARDS = ("index", "uuid", "name", "driver_version", "memory.total", "memory.free")
 PROCESSES = ("gpu_uuid", "pid", "process_name", "used_memory")
-MIB, GIB = 1 << 20, 2.0**30
+MIB = 1 << 20
 PATIENCE_S = 30.0
 CONTEXT_BYTES = 1 << 30  # what an idle card may have in use: the driver's and a desktop's
 
@@ -124,15 +124,15 @@ def _needs(facts: Facts, cards: int) -> List[Optional[int]]:
 def _room(card: Dict[str, Any], need: Optional[int]) -> List[Finding]:
     used = 0 if card["free"] is None or card["total"] is None else card["total"] - card["free"]
     where = "%d (%s)" % (card["index"], card["name"])
-    holders = ", ".join("pid %d (%s, %s)" % (p["pid"], p["name"], _gib(p["bytes"])) for p in card["processes"])
-    said = "GPU %s: %s of %s are free" % (where, _gib(card["free"]), _gib(card["total"]))
+    holders = ", ".join("pid %d (%s, %s)" % (p["pid"], p["name"], size(p["bytes"])) for p in card["processes"])
+    said = "GPU %s: %s of %s are free" % (where, size(card["free"]), size(card["total"]))
     fix = "end what is there: kill %s" % " ".join(str(p["pid"]) for p in card["processes"]) if holders else (
         "find what holds it: sudo fuser -v /dev/nvidia*")  # fmt: skip
     if need is not None and card["free"] is not None and card["free"] < need:
         held = ", held by %s" % holders if holders else ""
-        if used < CONTEXT_BYTES and not holders:
+        if card["total"] is not None and need > card["total"] - CONTEXT_BYTES:
             fix = "use more stages (parallel.pipe), parallel.recompute: blocks or a smaller batch.micro; pipedock plan tells"
-        return [Finding("GPUs", FAILURE, "%s, this run needs about %s%s" % (said, _gib(need), held), fix)]
+        return [Finding("GPUs", FAILURE, "%s, this run needs about %s%s" % (said, size(need), held), fix)]
     if holders or used > CONTEXT_BYTES:
         return [Finding("GPUs", WARNING, "%s: %s" % (said, "other processes are on it: " + holders if holders else
                         "something that cannot be seen from here is on it"), fix)]  # fmt: skip
@@ -143,12 +143,8 @@ def _told(cards: List[Dict[str, Any]]) -> str:
     """ "8 x NVIDIA H100 80GB HBM3, driver 550.54, at least 79.1 GiB free"."""
     names = sorted({card["name"] for card in cards})
     frees = [card["free"] for card in cards if card["free"] is not None]
-    free = ", at least %s free" % _gib(min(frees)) if frees else ""
+    free = ", at least %s free" % size(min(frees)) if frees else ""
     return "%d x %s, driver %s%s" % (len(cards), " and ".join(names), cards[0]["driver"], free)
-
-
-def _gib(nbytes: Optional[int]) -> str:
-    return "?" if nbytes is None else "%.1f GiB" % (nbytes / GIB)
 
 
 def check_same(nodes: List[Facts]) -> List[Finding]:

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from .. import compat, host
 from ..errors import UserError
-from .finding import FAILURE, NOTE, OK, WARNING, Facts, Finding
+from .finding import FAILURE, NOTE, OK, WARNING, Facts, Finding, size
 
 SHM = Path("/dev/shm")
 INFINIBAND = Path("/sys/class/infiniband")
@@ -74,14 +74,14 @@ def check_shm(facts: Facts) -> List[Finding]:
     if shm is None:
         return [Finding("/dev/shm", FAILURE if several else NOTE, "is not there", "sudo mount -t tmpfs -o size=8G tmpfs /dev/shm" if
                         several else "")]  # fmt: skip
-    said = "%s, %s free" % (host.size(shm["size"]), host.size(shm["free"]))
+    said = "%s, %s free" % (size(shm["size"]), size(shm["free"]))
     if several and shm["free"] < SHM_LEAST:
         if shm["size"] >= SHM_LEAST:
-            return [Finding("/dev/shm", FAILURE, "%s, NCCL needs %s" % (said, host.size(SHM_LEAST)),
+            return [Finding("/dev/shm", FAILURE, "%s, NCCL needs %s" % (said, size(SHM_LEAST)),
                             "remove what fills it: ls -lS /dev/shm")]  # fmt: skip
         fix = "start the container with --shm-size 8g or --ipc host (compose: shm_size: 8gb)" if facts["container"] else \
             "sudo mount -o remount,size=8G /dev/shm"  # fmt: skip
-        return [Finding("/dev/shm", FAILURE, "%s, NCCL needs %s" % (said, host.size(SHM_LEAST)), fix)]
+        return [Finding("/dev/shm", FAILURE, "%s, NCCL needs %s" % (said, size(SHM_LEAST)), fix)]
     return [Finding("/dev/shm", OK, said)]
 
 
@@ -94,7 +94,7 @@ def check_limits(facts: Facts) -> List[Finding]:
     severe = {"memlock": facts["infiniband"] and gpu, "stack": False, "nofile": True}
     why = {
         "memlock": "InfiniBand pins more" if facts["infiniband"] else "pinned memory for GPUs wants more",
-        "stack": "threads of numerical libraries want %s" % host.size(STACK_LEAST),
+        "stack": "threads of numerical libraries want %s" % size(STACK_LEAST),
         "nofile": "%d processes need about %d" % (world, files),
     }
     found = []
@@ -122,7 +122,7 @@ def _raise(name: str, hard: Optional[int], container: bool) -> str:
 
 
 def _shown(name: str, value: Optional[int]) -> str:
-    return "unlimited" if value is None else str(value) if name == "nofile" else host.size(value)
+    return "unlimited" if value is None else str(value) if name == "nofile" else size(value)
 
 
 def check_disk(facts: Facts) -> List[Finding]:
@@ -130,13 +130,13 @@ def check_disk(facts: Facts) -> List[Finding]:
     if disk is None or need is None:
         return []
     one, several = need["checkpoint"], need["checkpoint"] * need["checkpoints"]
-    said = "%s: %s free" % (disk["path"], host.size(disk["free"]))
+    said = "%s: %s free" % (disk["path"], size(disk["free"]))
     if disk["free"] < one:
-        return [Finding("disk", FAILURE, "%s, one checkpoint needs %s" % (said, host.size(one)),
+        return [Finding("disk", FAILURE, "%s, one checkpoint needs %s" % (said, size(one)),
                         "make room there, or name a folder of another disk in run.out")]  # fmt: skip
     if disk["free"] < several:
         return [Finding("disk", WARNING, "%s, train.keep wants room for %d checkpoints, %s" % (said, need["checkpoints"],
-                        host.size(several)), "make room there, or lower train.keep")]  # fmt: skip
+                        size(several)), "make room there, or lower train.keep")]  # fmt: skip
     return [Finding("disk", OK, said)]
 
 
@@ -145,15 +145,13 @@ def check_memory(facts: Facts) -> List[Finding]:
     memory, need = facts["memory"], facts["need"] or {"host": 0, "copy": 0}
     if memory["available"] is None:
         return [Finding("memory", NOTE, "this system does not tell how much is left")]
-    said = "%s available" % host.size(memory["available"])
+    said = "%s available" % size(memory["available"])
     fix = "end other programs, or run with more stages on more nodes"
     if memory["limit"] is not None:
-        said += " (limit of the container: %s)" % host.size(memory["limit"])
+        said += " (limit of the container: %s)" % size(memory["limit"])
         fix = "give the container more (docker run --memory, compose: mem_limit)"
     if memory["available"] < need["host"]:
-        return [
-            Finding("memory", FAILURE, "%s, weights, gradients and optimizer take %s here" % (said, host.size(need["host"])), fix)
-        ]
+        return [Finding("memory", FAILURE, "%s, weights, gradients and optimizer take %s here" % (said, size(need["host"])), fix)]
     if memory["available"] < need["host"] + need["copy"]:
         return [
             Finding(

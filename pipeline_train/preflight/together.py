@@ -5,10 +5,11 @@ import socket
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
-from .. import families, identity, manifest
+from .. import config, families, identity, manifest
 from ..config_schema import RunConfig
 from ..control import Channel
 from ..errors import RunFailed
+from ..place import Place
 from . import bandwidth, clocks, gpus, machine, wires
 from .finding import FAILURE, OK, WARNING, Facts, Finding, NotReady, at
 from .need import need
@@ -49,7 +50,7 @@ def preflight(channel: Channel, task: Task, say: Say, measure_bandwidth: bool = 
     """{"ok", "names": of the nodes, "findings": [Finding as a dict], "facts": by node, "bandwidth"}; all nodes call it, and get the
     same. Raises NotReady with this document when a check has failed."""
     facts = measure(task)
-    sought = _identity(task, say)
+    sought = _identity(task, say) if channel.nodes > 1 else {}
     nodes = channel.exchange({"facts": facts, "identity": sought})
     everyone = [row["facts"] for row in nodes]
     findings = [finding for node, row in enumerate(everyone) for finding in at(node, here(row))]
@@ -74,7 +75,7 @@ def _between(channel: Channel, task: Task, facts: Facts) -> List[Finding]:
 
 
 def judged(
-    findings: Sequence[Finding], names: Sequence[str], facts: Sequence[Facts], measured: Optional[Dict[str, Any]]
+    findings: Sequence[Finding], names: Sequence[str], facts: Sequence[Facts], measured: Optional[Dict[str, Any]] = None
 ) -> Dict[str, Any]:
     """The document. Raises NotReady."""
     failed = any(finding.level == FAILURE for finding in findings)
@@ -100,8 +101,10 @@ def measure(task: Task) -> Facts:
     model = folder_of(run.model.path)
     if model is not None and (model / "config.json").is_file():
         raw = families.read_config(str(model))
+        dims = families.dims_of(raw)
+        config.check_against_model(run, dims.layers, dims.max_positions)
         ranks = run.world if task.ranks is None else task.ranks
-        facts["need"] = need(run, families.dims_of(raw), raw, gpus.number(facts) > 0, task.first, ranks)
+        facts["need"] = need(run, dims, raw, gpus.number(facts) > 0, task.first, ranks)
         facts["ranks"] = ranks
     return facts
 
@@ -124,10 +127,11 @@ def folder_of(path: str) -> Optional[Path]:
 def _missing(task: Task) -> Dict[str, str]:
     """{key: path} of run.yaml's files that are not on this node."""
     assert task.run is not None
-    named = {"model.path": task.run.model.path}
+    data = task.run.data
+    named = [("model.path", task.run.model.path)]
     if not task.shared:
-        named.update({"data.train": task.run.data.train, "data.eval": task.run.data.eval or task.run.data.train})
-    return {key: path for key, path in named.items() if not os.path.exists(path)}
+        named += [("data.train", data.train)] + ([("data.eval", data.eval)] if data.eval is not None else [])
+    return {key: path for key, path in named if not os.path.exists(path)}
 
 
 def _identity(task: Task, say: Say) -> Dict[str, str]:
@@ -144,8 +148,8 @@ def check_identity(documents: Sequence[Dict[str, str]], names: Sequence[str]) ->
     for line in identity.differences(documents, names):
         said, _, fix = line.partition("; ")
         found.append(Finding("same everywhere", FAILURE, said, fix))
-    kinds = sorted({key.partition("/")[0] for document in documents for key in document})
-    return found or [Finding("same everywhere", OK, ", ".join(kinds))]
+    told = ["%s %s" % pair for pair in sorted(identity.digests(documents[0]).items())]
+    return found or [Finding("same everywhere", OK, ", ".join(told))]
 
 
 def free_port() -> int:
@@ -153,6 +157,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def task_of(run: RunConfig, place: Place, addr: str, port: int, resumed: bool) -> Task:
+    """For ``check_nodes``, of a run that ``prepare`` has resolved and whose data it has encoded. ``resumed``: from a checkpoint."""
+    first = place.ranks[0] if place.ranks else 0
+    return Task(addr, port, len(place.ranks), first, run, prepared=True, shared=place.shared, resumed=resumed)
 
 
 def share_of(task: Task, node: int, nodes: int) -> Task:
@@ -175,6 +185,11 @@ def meet(task: Task, node: int, nodes: int, wait_s: float, say: Say) -> Channel:
             task.port + 1,
         )
         said = str(error).partition(". ")[0]
-        names = [facts["name"] if number == node else "?" for number in range(nodes)]
-        judged(at(node, here(facts)) + [Finding("ports", FAILURE, said, fix, node)], names, [facts if number == node else {} for number in range(nodes)], None)
+        everyone: List[Facts] = [{}] * nodes
+        everyone[node] = facts
+        judged(
+            at(node, here(facts)) + [Finding("ports", FAILURE, said, fix, node)],
+            [row.get("name", "?") for row in everyone],
+            everyone,
+        )
         raise AssertionError("a failure is judged as one") from error

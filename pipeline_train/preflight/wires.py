@@ -13,6 +13,7 @@ from ..errors import UserError
 from .finding import FAILURE, NOTE, OK, WARNING, Facts, Finding
 
 KNOCK_S = 3.0
+LEAVE_S = 1.0  # for a guest to close
 GREETING = b"pipedock preflight %d\n"
 MOST_KNOCKS = 32  # at once
 
@@ -86,7 +87,7 @@ class Door:
             while True:
                 guest, _ = self.sock.accept()
                 with guest, contextlib.suppress(OSError):
-                    guest.settimeout(KNOCK_S)
+                    guest.settimeout(LEAVE_S)
                     guest.sendall(GREETING % self.node)
                     guest.recv(1)  # until the guest has closed: its end keeps the port busy for a minute, not ours
 
@@ -125,7 +126,7 @@ def reach(channel: Channel, addr: str, port: int, source: Optional[str]) -> List
             row["port"] = doors[0].port
         if channel.node == 0 and source is not None:
             try:
-                doors.append(Door(source, port, 0))
+                doors.append(Door("::" if ":" in source else "", port, 0))  # on all interfaces, as the store
             except OSError as error:
                 row["busy"] = error.strerror or str(error)
         rows = channel.exchange(row)
