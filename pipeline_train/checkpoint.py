@@ -191,10 +191,10 @@ class Saver:
 
     def _compare_beside(self) -> None:
         """What every checkpoint has a copy of must be the same on every node. Raises RunFailed, before the work."""
-        entries = {}
+        entries = None
         if self.parts.leads:
             entries = {path.name: manifest.file_entry(path) for path in sorted(self.beside.iterdir()) if path.is_file()}
-        self.parts.add({}, {}, _gather(entries), self.beside)
+        self.parts.compare(_gather(entries), self.beside)
 
 
 def _gather(value: Any) -> List[Any]:

@@ -62,6 +62,14 @@ class Parts:
             if problem:
                 raise RunFailed(self._named(rank) + problem)
 
+    def compare(self, beside: List[Optional[Entries]], folder: Path) -> None:
+        """``beside``: what the ranks that lead will copy into every checkpoint, by rank. Raises RunFailed when nodes differ."""
+        for rank, entries in enumerate(beside):
+            if entries is not None and entries != beside[0]:
+                both = [entries, beside[0] or {}]
+                name = min(name for one in both for name in one if both[0].get(name) != both[1].get(name))
+                raise self._differs(rank, folder / name, 0)
+
     def add(self, files: Entries, where: Dict[str, List[int]], written: List[Entries], folder: Path) -> None:
         """Put what every rank has ``written`` into the manifest's ``files``, and which nodes have it into ``where``.
 
@@ -69,15 +77,17 @@ class Parts:
         for rank, entries in enumerate(written):
             for name, entry in entries.items():
                 if files.setdefault(name, entry) != entry:
-                    before = self.place.nodes[where[name][0]].name
-                    raise RunFailed("%s%s is not what node %d (%s) has: their model folders or weights differ"
-                                    % (self._named(rank), folder / name, where[name][0], before))  # fmt: skip
+                    raise self._differs(rank, folder / name, where[name][0])
                 if self.scattered:
                     where.setdefault(name, []).append(self.place.node_of(rank))
 
     def document(self, where: Dict[str, List[int]]) -> Dict[str, Any]:
         """What the manifest says about it."""
         return {"where": manifest_where.of([node.name for node in self.place.nodes], where)} if self.scattered else {}
+
+    def _differs(self, rank: int, path: Path, node: int) -> RunFailed:
+        return RunFailed("%s%s is not what node %d (%s) has; make the models of all nodes the same"
+                         % (self._named(rank), path, node, self.place.nodes[node].name))  # fmt: skip
 
     def _named(self, rank: int) -> str:
         node = self.place.node_of(rank) if self.scattered else 0
