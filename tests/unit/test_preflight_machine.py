@@ -45,7 +45,7 @@ def facts(**changed: Any) -> Dict[str, Any]:
 def only(findings: List[Finding], level: str, *words: str) -> None:
     """One finding, of this level, with all these words in it."""
     assert [finding.level for finding in findings] == [level], findings
-    line = findings[0].line(["a"])
+    line = findings[0].line("abcde")
     assert [word for word in words if word not in line] == [], line
     assert bool(findings[0].fix) or level in (OK, NOTE), "nothing said about what to do: %s" % line
 
