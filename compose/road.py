@@ -1,6 +1,7 @@
 """What the compose services run inside their container: ``road.py train run.yaml`` and ``road.py export run.yaml``.
 
 train: makes the example's model and data if run.yaml names them and they are missing, then trains, or goes on where it was stopped.
+  NODES, NODE_RANK, MASTER_ADDR and MASTER_PORT in the environment, or HOSTFILE: on several nodes.
 export: the run's newest checkpoint -> its export folder, the proof, and ``exports/current``, which the serve service loads.
 """
 
@@ -8,13 +9,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict, List, Mapping
 
 from pipeline_train import config as run_yaml
 from pipeline_train.errors import UserError
 
 DEMO = Path(__file__).resolve().parent.parent / "ci" / "demo"
 EXAMPLE_DATA, EXAMPLE_MODEL = "data/example.jsonl", "models/example-bloom"
+NODE_FLAGS = {"NODES": "--nodes", "NODE_RANK": "--node-rank", "MASTER_ADDR": "--master-addr", "MASTER_PORT": "--master-port"}
 
 
 def check_kept(where: str, key: str, path: str, folder: str) -> None:
@@ -38,9 +40,28 @@ def make_example(config: Any) -> None:
         demo("bloom.py", EXAMPLE_DATA, EXAMPLE_MODEL)
 
 
+def node_flags(env: Mapping[str, str]) -> List[str]:
+    """How `pipedock train` is told about several nodes; compose passes a variable on only if it is set."""
+    given: Dict[str, str] = {name: env[name] for name in NODE_FLAGS if env.get(name)}
+    hostfile = env.get("HOSTFILE")
+    if hostfile:
+        if given:
+            raise UserError("HOSTFILE and %s are two ways to name the nodes; unset one" % ", ".join(given))
+        if not Path(hostfile).is_file():
+            raise UserError(
+                "HOSTFILE=%s: no such file in the container; put it into cluster/, HOSTFILE=cluster/hostfile" % hostfile
+            )
+        return ["--hostfile", hostfile]
+    missing = [name for name in ("NODES", "NODE_RANK", "MASTER_ADDR") if given and name not in given]
+    if missing:
+        raise UserError("%s: set %s too, on every node" % (", ".join(given), " and ".join(missing)))
+    return [part for name, value in given.items() for part in (NODE_FLAGS[name], value)]
+
+
 def train(path: str, config: Any) -> None:
+    flags = node_flags(os.environ)
     make_example(config)
-    os.execvp("pipedock", ["pipedock", "train", "--config", path, "--resume", "auto"])
+    os.execvp("pipedock", ["pipedock", "train", "--config", path, "--resume", "auto", *flags])
 
 
 def export(config: Any) -> None:
@@ -69,13 +90,13 @@ def main(action: str, path: str) -> int:
         config = run_yaml.load(path)
         check_kept(path, "run.out", config.run.out, "runs")
         check_kept(path, "export.dir", export_dir(config), "exports")
+        if action == "train":
+            train(path, config)
+        else:
+            export(config)
     except UserError as error:
         print("%s: %s" % (action, error), file=sys.stderr)
         return 2
-    if action == "train":
-        train(path, config)
-    else:
-        export(config)
     return 0
 
 

@@ -6,6 +6,8 @@ set -eu
 if [ "$(id -u)" = 0 ]; then
   owner=$(stat -c '%u:%g' "$PIPEDOCK_MOUNT")
   if [ "${owner%%:*}" != 0 ]; then
+    # ssh and sshd know only users with a name.
+    sed -i "s/^pipedock:x:[0-9]*:[0-9]*:/pipedock:x:$owner:/" /etc/passwd
     set -- setpriv --reuid "${owner%%:*}" --regid "${owner##*:}" --clear-groups -- "$@"
   fi
 fi
