@@ -1,8 +1,12 @@
 """What is compiled on this machine before its first use, and why it cannot be. Standard library only, so that prepare can ask."""
 
+import ast
 import importlib.util
 import os
+import re
 import shutil
+import sys
+from pathlib import Path
 from typing import Optional, Sequence
 
 
@@ -17,8 +21,20 @@ def without_cpp() -> Optional[str]:
     return None if _compiler("CXX", ("c++", "g++", "clang++")) else "there is no C++ compiler"
 
 
+def _prebuilt(name: str) -> bool:
+    """Whether DeepSpeed was installed with this operator compiled (DS_BUILD_*), as in our images for GPUs."""
+    for folder in sys.path:
+        record = Path(folder, "deepspeed", "git_version_info_installed.py")
+        if record.is_file():
+            match = re.search(r"^installed_ops=(\{.*\})$", record.read_text(encoding="utf-8"), re.MULTILINE)
+            return match is not None and bool(ast.literal_eval(match.group(1)).get(name))
+    return False
+
+
 def without_cpu_adam() -> Optional[str]:
     """Why DeepSpeed's optimizers for the CPU cannot be built (torch.utils.cpp_extension needs both), or None."""
+    if _prebuilt("cpu_adam"):
+        return None
     if without_cpp():
         return without_cpp()
     if not (shutil.which("ninja") or importlib.util.find_spec("ninja")):

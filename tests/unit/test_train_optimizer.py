@@ -153,6 +153,17 @@ def test_what_cannot_be_compiled_here(monkeypatch, tmp_path):
     assert native.without_cpu_adam() is None
 
 
+@pytest.mark.parametrize(
+    "ops, reason", [("{'cpu_adam': 1, 'utils': 1}", None), ("{'cpu_adam': False, 'utils': 1}", "there is no C++ compiler")]
+)
+def test_an_operator_that_was_installed_compiled_needs_no_compiler(monkeypatch, tmp_path, ops, reason):
+    (tmp_path / "deepspeed").mkdir()
+    (tmp_path / "deepspeed/git_version_info_installed.py").write_text("version='0.9.2'\ninstalled_ops=%s\ntorch_info={}\n" % ops)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "none"), str(tmp_path)])
+    monkeypatch.setenv("CXX", "/no/compiler")
+    assert native.without_cpu_adam() == reason
+
+
 def resolve(monkeypatch, gpus, **sections):
     """-> (the configuration, what was said) after prepare has looked at a machine with so many GPUs."""
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
