@@ -153,21 +153,27 @@ class _Here:
         has it or from node 0."""
         first = receiver not in source.lacks and sender in (0, min(source.lacks))
         if self.channel.node == sender:
+            self._check(names)
             for name in ([manifest.NAME] if first else []) + names:
                 self._send(receiver, name)
         elif self.channel.node == receiver:
             if first:
                 self._take_manifest(source, sender)
+            self._check(names)
             if names:
                 arrival.check_room(self.folder, self.document, names)
             for name in names:
                 self._take(sender, name)
 
+    def _check(self, names: List[str]) -> None:
+        """Another node has said them. Raises RunFailed for one that this node's manifest does not list."""
+        for name in names:
+            if name not in self.document["files"]:
+                raise RunFailed("%s: manifest.json lists no such file, though another node has named it" % (self.folder / name))
+
     def _send(self, receiver: int, name: str) -> None:
         """Raises RunFailed when the file cannot be read."""
         path = self.folder / name
-        if name != manifest.NAME and name not in self.document["files"]:
-            raise RunFailed("%s: was asked for by %s and is no file of this checkpoint" % (path, self.channel.named(receiver)))
         try:
             with open(str(path), "rb") as file:
                 left = os.fstat(file.fileno()).st_size

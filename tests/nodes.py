@@ -98,7 +98,7 @@ def place_of(node, names, world, shared=False):
 
 
 class Cluster:
-    """Nodes "a", "b", ... under ``root``, each with a run folder <root>/<name>/out of its own, or one that is shared. Runs savers."""
+    """Nodes "a", "b", ... under ``root``, each with a run folder <root>/<name>/out of its own, or one that is shared."""
 
     def __init__(self, monkeypatch, root, axes=("pipe", "data"), pipe=2, data=1, nodes=2, shared=False):
         self.root, self.axes, self.pipe, self.data, self.shared = root, axes, pipe, data, shared
