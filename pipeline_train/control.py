@@ -67,6 +67,12 @@ class Channel:
         """ "node 1 (b)"."""
         return "node %d (%s)" % (node, self.names[node])
 
+    def rename(self, names: List[str]) -> None:
+        """From now on the nodes are called so: a hostfile's names instead of what each calls itself."""
+        self.names = list(names)
+        for node, link in self.links.items():
+            link.name = names[node]
+
     def send(self, node: int, document: Document, payload: bytes = b"") -> None:
         """To node 0, or from it to another. ``payload``: at most 64 MiB. Waits while the other end has four messages that it has
         not received. Raises ``trouble``."""

@@ -1,7 +1,4 @@
-"""DeepSpeed's hostfile: one ``name slots=N`` a line, ``#`` begins a comment. Standard library only.
-
-So far a run stays on one machine: a hostfile that names several is refused, one that names this machine is checked.
-"""
+"""DeepSpeed's hostfile: one ``name slots=N`` a line, ``#`` begins a comment. Standard library only."""
 
 import re
 from pathlib import Path
@@ -32,7 +29,7 @@ def read(path: Path) -> List[Host]:
         found = LINE.fullmatch(text)
         if not text:
             continue
-        if found is None or not 1 <= int(found.group(2)) <= 4096:
+        if found is None or text.startswith("-") or not 1 <= int(found.group(2)) <= 4096:
             raise UserError('%s: expected "name slots=N", such as "node1 slots=8"; found %.60r' % (where, text))
         if found.group(1) in [host.name for host in hosts]:
             raise UserError("%s: %s is named twice" % (where, found.group(1)))
@@ -42,11 +39,8 @@ def read(path: Path) -> List[Host]:
     return hosts
 
 
-def check(hosts: List[Host], world: int, gpus: int) -> None:
-    """Can ``world`` processes run on these machines, this one having ``gpus`` GPUs (0: the CPU, any number)? Raises UserError."""
-    if len(hosts) > 1:
-        raise UserError("%s: names %d machines; training on several is not there yet, name one" % (hosts[1].where, len(hosts)))
-    host = hosts[0]
+def check(host: Host, world: int, gpus: int) -> None:
+    """Can ``world`` processes run on this machine, which has ``gpus`` GPUs (0: the CPU, any number)? Raises UserError."""
     if gpus and host.slots > gpus:
         raise UserError("%s: %s has slots=%d, but %d GPUs. Lower the slots." % (host.where, host.name, host.slots, gpus))
     if world > host.slots:

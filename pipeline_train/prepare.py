@@ -7,8 +7,6 @@
 """
 
 import json
-import math
-import os
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -18,13 +16,13 @@ from . import (
     checkpoint_folder,
     compat,
     config,
-    deepspeed_keys,
     families,
     hostfile,
     manifest,
-    native,
+    nodes,
     plan,
     run_folder,
+    scattered,
     sinks,
     weights,
 )
@@ -32,8 +30,10 @@ from .config_schema import RunConfig
 from .data import feed, template
 from .data.encode import TextCodec
 from .data.store import default_seq_len
+from .device import resolve_device
 from .errors import UserError
 from .families import Dims
+from .nodes import Party
 
 Say = Callable[[str], None]  # takes a line for the user
 
@@ -56,9 +56,11 @@ def prepare(
     resume: Optional[str],
     say: Say,
     allow_changed_data: bool = False,
-    hosts: Optional[Path] = None,
+    party: Optional[Party] = None,
+    host: Optional[hostfile.Host] = None,
 ) -> Prepared:
-    """Check, resolve, encode. ``source``: the user's run.yaml. ``resume``: None, "newest" or "auto". ``hosts``: a hostfile.
+    """Check, resolve, encode. ``source``: the user's run.yaml. ``resume``: None, "newest" or "auto". ``party``: the other nodes.
+    ``host``: what a hostfile says of this machine.
 
     Raises UserError."""
     if allow_changed_data and resume is None:
@@ -68,12 +70,20 @@ def prepare(
     for note in compat.notes(found):
         say(note)
     sinks.check(run, source.name)
-    gpus = resolve_device(run, found, source.name, say)
-    if hosts is not None:
-        hostfile.check(hostfile.read(hosts), run.world, gpus)
+    here = run.world if party is None else len(party.place.ranks)
+    gpus = resolve_device(run, found, source.name, say, here)
+    if host is not None:
+        hostfile.check(host, here, gpus)
     out = Path(run.run.out)
-    run_folder.take(out, source.name, say)
-    checkpoint = run_folder.find(out, resume, say)
+    if party is None:
+        run_folder.take(out, source.name, say)
+        checkpoint = run_folder.find(out, resume, say)
+    else:
+        party.check_device(gpus)
+        party.open_folder(out, source.name)
+        if party.follows:
+            return _follow(party, out, gpus)
+        checkpoint = party.find(out, resume)
     folder = (
         weights.find_folder(run.model.path) if run.model.init == "pretrained" else weights.resolve(run.model.path, weights=False)
     )
@@ -84,9 +94,11 @@ def prepare(
     if checkpoint is not None and document is not None:  # before anything of the old run is overwritten
         run_folder.same_model(checkpoint, dims)
         run_folder.same_run(run, document, facts, allow_changed_data)
+        if party is not None:
+            scattered.check_layout(checkpoint, scattered.layers_here(run, party.place))
     codec = TextCodec.load(str(folder), run.data.template)
     codec.check_vocab(dims.vocab)
-    facts.update(_freeze_date(codec, document, say))
+    facts.update(_freeze_date(codec, document, say, party.now if party is not None else None))
     facts["data"] = _encode(run, out, codec, say)
     total, per_epoch = _total_steps(run, out, codec.pad_id, say)
     done = 0 if document is None else int(document["step"])
@@ -98,45 +110,28 @@ def prepare(
         checkpoint_folder.check_room(run, dims, source.name, saves, say)
     documents = {"versions.json": found, "data.json": dict(facts, pad_id=codec.pad_id), "plan.json": _planned(run, dims, found)}
     _write_resolved(run, out, source, folder, codec, documents)
-    return Prepared(run, out, dims, gpus, total, checkpoint, done)
+    prepared = Prepared(run, out, dims, gpus, total, checkpoint, done)
+    if party is not None:
+        party.share(_shared(prepared) if party.place.node == 0 else None)
+    return prepared
 
 
-def resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str, say: Say) -> int:
-    """dtype by what the device can do; -> GPUs (0: train on the CPU)."""
-    gpus = compat.Gpus(0, "", False) if os.environ.get("DS_ACCELERATOR") == "cpu" else compat.gpus()
-    if gpus.number and run.world > gpus.number:
-        raise UserError(
-            "%s: parallel: pipe %d x data %d needs %d GPUs, this machine has %d. Lower them, or set DS_ACCELERATOR=cpu."
-            % (where, run.parallel.pipe, run.parallel.data, run.world, gpus.number)
-        )
-    if not gpus.number:
-        compat.check_cpu(found["deepspeed"])
-    if run.model.dtype == "auto":
-        run.model.dtype = "fp32" if not gpus.number else "bf16" if gpus.bf16 else "fp16"
-        if run.model.dtype == "bf16" and not compat.has_bf16(found["deepspeed"]):
-            run.model.dtype = "fp16"
-    if not gpus.number and run.model.dtype == "fp16":
-        raise UserError("%s: model.dtype: fp16 needs a GPU, and none is here; use fp32 or bf16" % where)
-    if gpus.number and run.model.dtype == "bf16" and not gpus.bf16:
-        raise UserError("%s: model.dtype: %s has no bf16; use fp16" % (where, gpus.name))
-    compat.check_dtype(found["deepspeed"], run.model.dtype)
-    scale = run.optim.loss_scale.initial
-    if run.model.dtype == "fp16" and (scale < 1 or math.log2(scale) % 1):
-        raise UserError("%s: optim.loss_scale.initial: must be a power of two, got %d" % (where, scale))
-    deepspeed_keys.check(run.deepspeed, where, say)
-    if run.run.compile:
-        compat.check_compile(found["torch"], gpus.number)
-    if run.optim.type == "lion" and native.without_lion():
-        raise UserError("%s: optim.type: %s; install it, or use adamw" % (where, native.without_lion()))
-    if run.optim.type == "lion" and run.optim.use_triton is True and native.without_triton(gpus.number):
-        raise UserError("%s: optim.use_triton: %s; use false, or auto" % (where, native.without_triton(gpus.number)))
-    if run.parallel.offload and gpus.number and native.without_cpu_adam():
-        say("parallel.offload: %s, so DeepSpeed's CPU optimizer cannot be built; a slower one does the step"
-            % native.without_cpu_adam())  # fmt: skip
-    if run.parallel.offload and not gpus.number:
-        say("parallel.offload: has no effect on the CPU")
-        run.parallel.offload = False
-    return gpus.number
+def _shared(prepared: Prepared) -> Dict[str, Any]:
+    """What node 0 tells those for whom it has prepared."""
+    digest = manifest.file_entry(prepared.out / "resolved" / "run.yaml")["sha256"]
+    resume = prepared.resume.name if prepared.resume is not None else None
+    return {"run": digest, "total": prepared.total, "done": prepared.done, "resume": resume}
+
+
+def _follow(party: Party, out: Path, gpus: int) -> Prepared:
+    """For another node in the same folder: what node 0 has prepared there."""
+    told = party.share()
+    resolved = out / "resolved"
+    nodes.wait_for(resolved / "run.yaml", told["run"], lambda path: str(manifest.file_entry(path)["sha256"]))
+    run = config.load(resolved / "run.yaml")
+    dims = families.dims_of(families.read_config(str(resolved / "model")))
+    resume = None if told["resume"] is None else out / "checkpoints" / told["resume"]
+    return Prepared(run, out, dims, gpus, told["total"], resume, told["done"])
 
 
 def _resolve_model(run: RunConfig, folder: Path, where: str) -> Dims:
@@ -180,12 +175,13 @@ def _facts(run: RunConfig) -> Dict[str, Any]:
     return {"seq_len": run.data.seq_len, "rows_per_step": run.rows_per_step, "pack": run.data.pack, "seed": run.run.seed}
 
 
-def _freeze_date(codec: TextCodec, document: Optional[Dict[str, Any]], say: Say) -> Dict[str, str]:
-    """For a chat template that writes the date: one date for all of a run, the first start's. -> {"now": ...} or {}."""
+def _freeze_date(codec: TextCodec, document: Optional[Dict[str, Any]], say: Say, agreed: Optional[str]) -> Dict[str, str]:
+    """For a chat template that writes the date: one date for all of a run, the first start's, ``agreed`` between several nodes.
+    -> {"now": ...} or {}."""
     template.fix_now(None)
     if "strftime_now" not in codec.chat_template:
         return {}
-    before = None if document is None else document["training"]["feed"].get("now")
+    before = agreed if document is None else document["training"]["feed"].get("now")
     now = datetime.now().replace(microsecond=0) if before is None else datetime.fromisoformat(before)
     template.fix_now(now)
     say(

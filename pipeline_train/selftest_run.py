@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
-from . import compat, config, families, host, launch, manifest, prepare, weights
+from . import compat, config, device, families, host, launch, manifest, prepare, weights
 from .config_schema import RunConfig
 from .errors import RunFailed
 from .families import FAMILIES, Dims
@@ -152,7 +152,7 @@ def here(path: Optional[str], sets: Any, say: Say) -> Dict[str, Any]:
     compat.check_deepspeed(found["deepspeed"])
     if path is None and os.environ.get("DS_ACCELERATOR") != "cpu" and compat.gpus().number == 1:
         raw.parallel.pipe = 1
-    gpus = prepare.resolve_device(raw, found, where, say)
+    gpus = device.resolve_device(raw, found, where, say)
     dims = None if path is None else families.dims_of(families.read_config(str(_folder(raw.model.path))))
     cases = cases_of(raw, dims, gpus)
     answer = dict(test(cases, gpus, Path(tempfile.mkdtemp(prefix="pipedock-self-test-"))), key=key_of(cases, gpus))
@@ -165,9 +165,10 @@ def _folder(path: str) -> Path:
     return manifest.find_checkpoint(folder) if (folder / "checkpoints").is_dir() else folder
 
 
-def once(prepared: prepare.Prepared, say: Say) -> None:
-    """Before step 1 of a run: test this environment unless that has been done; the figures go into <out>/resolved."""
-    run, out = prepared.config, prepared.out
+def once(prepared: prepare.Prepared, say: Say, node: int = 0) -> None:
+    """Before step 1 of a run: test this environment unless that has been done; the figures go into <out>/resolved. Each ``node``
+    tests itself: it is its installation and its cards that may be broken."""
+    run, out, name = prepared.config, prepared.out, "self_test" if node == 0 else "self_test_node_%d" % node
     if not run.run.self_test:
         say("self-test: skipped (run.self_test: false)")
         return
@@ -179,10 +180,10 @@ def once(prepared: prepare.Prepared, say: Say) -> None:
             "self-test: this environment is new; a tiny %s is compared with transformers first, under a minute"
             % prepared.dims.family
         )
-        answer = dict(test(cases, prepared.gpus, out / "logs" / "self_test"), key=key)
+        answer = dict(test(cases, prepared.gpus, out / "logs" / name), key=key)
         say(told(answer))
         _record(answer, say)
-    (out / "resolved" / "self_test.json").write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
+    (out / "resolved" / (name + ".json")).write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
 
 
 def told(answer: Dict[str, Any]) -> str:

@@ -45,6 +45,16 @@ def nothing_half_done(section: Any) -> Iterator[None]:
             abandon(section.dir)
 
 
+def to_do(prepared: Any, trained: bool) -> bool:
+    """Is anything to be exported, now that training has ended or had ended before?"""
+    section = prepared.config.export
+    if section is None or trained:
+        return section is not None
+    from export.verify import proved
+
+    return not proved(section.dir, str(prepared.out), prepared.total)
+
+
 def export(prepared: Any, trained: bool, written: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
     """The HF folder and its proof; when nothing was ``trained``, only if that is still to do. ``written``: what the ranks say about
     the weights, which they have written or left to be read from the checkpoint; see export.from_ranks."""
@@ -54,9 +64,9 @@ def export(prepared: Any, trained: bool, written: Optional[Dict[str, Any]] = Non
     from export import from_ranks
     from export.measure import print_progress
     from export.to_hf import to_hf
-    from export.verify import proved, verify
+    from export.verify import verify
 
-    if not trained and proved(section.dir, run, prepared.total):
+    if not to_do(prepared, trained):
         return {"export": section.dir}
     if written is not None:
         say(from_ranks.text_of(written))

@@ -1,12 +1,10 @@
 """``pipedock train``: pipeline training from a run.yaml."""
 
 import argparse
-import contextlib
-import signal
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Optional
 
-from . import exporting, self_test
+from . import exporting, self_test, together
 from .progress import Progress, say
 
 HELP = "fine-tune all weights (or train from scratch) with pipeline parallelism"
@@ -19,7 +17,7 @@ def add(parser: argparse.ArgumentParser) -> None:
                         help="continue from the newest whole checkpoint; auto: start if there is none")  # fmt: skip
     parser.add_argument("--allow-changed-data", action="store_true",
                         help="let --resume go on although the data, its packing or the batch size changed")  # fmt: skip
-    parser.add_argument("--hostfile", metavar="FILE", type=Path, help='the machine as DeepSpeed names it: "node1 slots=8"')
+    together.add(parser)
     parser.add_argument("--stack-check", action="store_true", help="only check the installed versions")
     parser.add_argument("--self-test", action="store_true",
                         help="only compare training on this machine with transformers, on a tiny model")  # fmt: skip
@@ -45,64 +43,67 @@ def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
         import msgspec
 
         return {"config": msgspec.to_builtins(loaded)}
-    with _nothing_to_save():
-        return _train(loaded, args)
+    hosts = together.hosts_of(args)
+    with together.Calm().kept() as calm, together.joined(args, loaded, hosts, calm) as party:
+        return _train(loaded, args, party, hosts[0] if hosts is not None else None)
 
 
-@contextlib.contextmanager
-def _nothing_to_save() -> Iterator[None]:
-    """Before and after the ranks' lifetime there is nothing to save: SIGUSR1 is ignored, by the ranks too until they listen,
-    and SIGTERM ends the command with a line of its own."""
-    from pipeline_train.errors import Stopped
-
-    def stopped(number: int, frame: Any) -> None:
-        raise Stopped("stopped by SIGTERM")
-
-    before = [(n, signal.signal(n, handler)) for n, handler in ((signal.SIGUSR1, signal.SIG_IGN), (signal.SIGTERM, stopped))]
-    try:
-        yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
-
-
-def _train(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
+def _train(loaded: Any, args: argparse.Namespace, party: Any, host: Any) -> Dict[str, Any]:
+    """``party``: the other nodes, None on one machine. Node 0 shows progress, writes the report and exports."""
     from pipeline_train import selftest_run
     from pipeline_train.prepare import prepare
     from pipeline_train.report import Keeper
 
-    exporting.check_before(loaded, args.resume is not None)
-    prepared = prepare(loaded, Path(args.config), args.resume, say, args.allow_changed_data, args.hostfile)
+    leads = party is None or party.place.node == 0
+    if leads:
+        exporting.check_before(loaded, args.resume is not None)
+    prepared = prepare(loaded, Path(args.config), args.resume, say, args.allow_changed_data, party, host)
     exporting.check_model(loaded.export, prepared.dims)
     out = str(prepared.out)
     if prepared.done >= prepared.total:
         say("%s: finished already, at step %d of %d" % (out, prepared.done, prepared.total))
         done = {"out": out, "steps": prepared.done, "checkpoint": str(prepared.resume), "finished": True}
-        return dict(done, loss_first=None, loss_last=None, seconds=0.0, tokens=0, peak_gib=[], **exporting.export(prepared, False))
-    selftest_run.once(prepared, say)
+        done.update(loss_first=None, loss_last=None, seconds=0.0, tokens=0, peak_gib=[])
+        return dict(done, **_export(prepared, party, False))
+    together.check(party, prepared)
+    selftest_run.once(prepared, say, party.place.node if party is not None else 0)
     parallel = prepared.config.parallel
     say("%s: steps %d to %d, %d stages x %d replicas, layers per stage %s, %s on %s" % (
         out, prepared.done + 1, prepared.total, parallel.pipe, parallel.data, parallel.parts, prepared.config.model.dtype,
         "%d GPUs" % (parallel.pipe * parallel.data) if prepared.gpus else "CPU",
     ))  # fmt: skip
+    if not leads:
+        summary = _launch(prepared, party, None)
+        summary.pop("finish", None)
+        checkpoint = str(prepared.out / "checkpoints" / Path(summary["checkpoint"]).name)  # this node's
+        return dict(summary, out=out, checkpoint=checkpoint, **_export(prepared, party, True))
     keeper = Keeper(prepared.out, prepared.done, say)
     with exporting.nothing_half_done(prepared.config.export):
-        summary = _launch(prepared, keeper)
+        summary = _launch(prepared, party, keeper)
         say("peak memory per stage: %s GiB" % ", ".join("%.2f" % gib for gib in summary["peak_gib"]))
         say("report: %s" % (prepared.out / "report.html"))
         try:
-            written = summary.pop("finish", None)
-            return dict(summary, out=out, **exporting.export(prepared, True, written))
+            return dict(summary, out=out, **_export(prepared, party, True, summary.pop("finish", None)))
         finally:
             keeper.write()  # with the proof, whether it holds or not
 
 
-def _launch(prepared: Any, keeper: Any) -> Dict[str, Any]:
-    """Train, shown on the terminal and in report.html, however it ends; -> the summary."""
+def _export(prepared: Any, party: Any, trained: bool, written: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+    """On node 0, see exporting.export; the other nodes give it what it lacks."""
+    leads = party is None or party.place.node == 0
+    together.bring(party, prepared, leads and exporting.to_do(prepared, trained))
+    return exporting.export(prepared, trained, written) if leads else {}
+
+
+def _launch(prepared: Any, party: Any, keeper: Any) -> Dict[str, Any]:
+    """Train, however it ends shown on the terminal and in report.html where there is a ``keeper``; -> the summary."""
     from pipeline_train.errors import RunFailed, Stopped
     from pipeline_train.launch import launch
 
     run = prepared.config
+    team, addresses = together.team(party)
+    if keeper is None:
+        return launch(prepared, lambda message: None, team, addresses, exporting.by_ranks(run.export))
     progress = Progress(prepared.total, run.run.name, run.parallel.pipe, run.micro_batches)
 
     def show(message: Dict[str, Any]) -> None:
@@ -110,7 +111,7 @@ def _launch(prepared: Any, keeper: Any) -> Dict[str, Any]:
         keeper.show(message)
 
     try:
-        summary = launch(prepared, show, finish=exporting.by_ranks(run.export))
+        summary = launch(prepared, show, team, addresses, exporting.by_ranks(run.export))
     except (RunFailed, KeyboardInterrupt) as error:
         progress.close()
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped" if isinstance(error, Stopped) else "failed"

@@ -16,13 +16,13 @@ ROWS = [
     {"families", "manifest", "manifest_values", "manifest_where", "arrival", "proof", "host", "native", "content",
      "data.records", "data.shapes", "data.files", "data.json_text", "data.template"},
     {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder", "checkpoint_folder", "checkpoint_job",
-     "scattered", "gather", "gather_ssh", "loss_scale"},
+     "scattered", "gather", "loss_scale"},
     {"compat"},
     {"models", "data", "plan", "random_model", "identity"},
     {"stages", "weights", "instructions"},
     {"engine", "optimizer", "checkpoint", "masters", "metrics", "sinks"},
     {"loop", "worker", "selftest"},
-    {"prepare", "nodes", "remote"},
+    {"prepare", "device", "nodes", "remote", "gather_ssh"},
     {"launch", "processes", "team", "preflight", "report", "selftest_run"},
 ]  # fmt: skip
 EXPORT_MAY = {"errors", "families", "manifest", "proof", "host", "config", "models", "weights", "data.template"}

@@ -1,0 +1,51 @@
+"""What this machine trains on, and whether it can train what run.yaml asks for."""
+
+import math
+import os
+from typing import Callable, Dict, Optional
+
+from . import compat, deepspeed_keys, native
+from .config_schema import RunConfig
+from .errors import UserError
+
+Say = Callable[[str], None]  # takes a line for the user
+
+
+def resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str, say: Say, here: Optional[int] = None) -> int:
+    """dtype by what the device can do; -> GPUs (0: train on the CPU). ``here``: ranks on this machine, None: all of them."""
+    gpus = compat.Gpus(0, "", False) if os.environ.get("DS_ACCELERATOR") == "cpu" else compat.gpus()
+    here = run.world if here is None else here
+    if gpus.number and here > gpus.number:
+        share = "" if here == run.world else "%d of them on this machine; " % here
+        raise UserError(
+            "%s: parallel: pipe %d x data %d needs %d GPUs, %sthis machine has %d. Lower them, or set DS_ACCELERATOR=cpu."
+            % (where, run.parallel.pipe, run.parallel.data, run.world, share, gpus.number)
+        )
+    if not gpus.number:
+        compat.check_cpu(found["deepspeed"])
+    if run.model.dtype == "auto":
+        run.model.dtype = "fp32" if not gpus.number else "bf16" if gpus.bf16 else "fp16"
+        if run.model.dtype == "bf16" and not compat.has_bf16(found["deepspeed"]):
+            run.model.dtype = "fp16"
+    if not gpus.number and run.model.dtype == "fp16":
+        raise UserError("%s: model.dtype: fp16 needs a GPU, and none is here; use fp32 or bf16" % where)
+    if gpus.number and run.model.dtype == "bf16" and not gpus.bf16:
+        raise UserError("%s: model.dtype: %s has no bf16; use fp16" % (where, gpus.name))
+    compat.check_dtype(found["deepspeed"], run.model.dtype)
+    scale = run.optim.loss_scale.initial
+    if run.model.dtype == "fp16" and (scale < 1 or math.log2(scale) % 1):
+        raise UserError("%s: optim.loss_scale.initial: must be a power of two, got %d" % (where, scale))
+    deepspeed_keys.check(run.deepspeed, where, say)
+    if run.run.compile:
+        compat.check_compile(found["torch"], gpus.number)
+    if run.optim.type == "lion" and native.without_lion():
+        raise UserError("%s: optim.type: %s; install it, or use adamw" % (where, native.without_lion()))
+    if run.optim.type == "lion" and run.optim.use_triton is True and native.without_triton(gpus.number):
+        raise UserError("%s: optim.use_triton: %s; use false, or auto" % (where, native.without_triton(gpus.number)))
+    if run.parallel.offload and gpus.number and native.without_cpu_adam():
+        say("parallel.offload: %s, so DeepSpeed's CPU optimizer cannot be built; a slower one does the step"
+            % native.without_cpu_adam())  # fmt: skip
+    if run.parallel.offload and not gpus.number:
+        say("parallel.offload: has no effect on the CPU")
+        run.parallel.offload = False
+    return gpus.number

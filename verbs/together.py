@@ -1,0 +1,160 @@
+"""``pipedock train`` on several nodes: the command line's part, and what only one of them does."""
+
+import argparse
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+from .progress import say
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hostfile", metavar="FILE", type=Path,
+                        help='the machines as DeepSpeed names them, "node1 slots=8" a line; started from the first')  # fmt: skip
+    parser.add_argument("--nodes", metavar="N", type=int, help="how many machines take part; start this command on each")
+    parser.add_argument("--node-rank", metavar="R", type=int, help="which of them this one is, 0 to N-1")
+    parser.add_argument("--master-addr", metavar="A", help="address of node 0, as every node reaches it")
+    parser.add_argument("--master-port", metavar="P", type=int,
+                        help="port of node 0 that the ranks meet at, P+1 for the launchers (default 29500)")  # fmt: skip
+
+
+class Calm:
+    """Before and after the ranks' lifetime there is nothing to save: SIGUSR1 is ignored, by the ranks too until they listen, and
+    SIGTERM ends the command with a line of its own. Trouble on another node does, too."""
+
+    def __init__(self) -> None:
+        self.party: Any = None
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator["Calm"]:
+        handlers = ((signal.SIGUSR1, signal.SIG_IGN), (signal.SIGTERM, self._ended))
+        before = [(number, signal.signal(number, handler)) for number, handler in handlers]
+        try:
+            yield self
+        finally:
+            for number, handler in before:
+                signal.signal(number, handler)
+
+    def watch(self, party: Any) -> None:
+        """From now on trouble on another node interrupts whatever this one does."""
+        self.party = party
+        party.channel.on_trouble = lambda: os.kill(os.getpid(), signal.SIGTERM)
+
+    def _ended(self, number: int, frame: Any) -> None:
+        from pipeline_train.errors import Stopped
+
+        if self.party is not None:
+            self.party.channel.check()
+        raise Stopped("stopped by SIGTERM")
+
+
+def hosts_of(args: argparse.Namespace) -> Any:
+    """The hostfile's hosts, or None. Raises UserError when the nodes are named in both ways."""
+    from pipeline_train import hostfile
+    from pipeline_train.errors import UserError
+
+    if args.hostfile is None:
+        return None
+    if args.nodes is not None:
+        raise UserError("--hostfile: starts the other nodes itself; leave out --nodes, or start every node yourself without it")
+    return hostfile.read(args.hostfile)
+
+
+@contextlib.contextmanager
+def joined(args: argparse.Namespace, config: Any, hosts: Any, calm: Calm) -> Iterator[Any]:
+    """The party of all nodes, left at the end; None on one machine. Whatever ends this node is told to the others."""
+    from pipeline_train import nodes, remote, run_folder
+    from pipeline_train.errors import UserError
+
+    remotes: Optional[remote.Remotes] = None
+    if hosts is not None and len(hosts) > 1:
+        os.environ.update(remote.variables())  # on every node
+        remote.check_first(hosts[0])
+        port = args.master_port or nodes.PORT
+        request: Any = nodes.Request(0, len(hosts), hosts[0].name, port, hosts)
+        nodes.counts(config.world, len(hosts), hosts)  # before anything is started elsewhere
+        out = Path(config.run.out)
+        run_folder.take(out, Path(args.config).name, say)
+        remotes = remote.Remotes(hosts, _same_everywhere(args), port, out / "logs", say)
+    elif hosts is None:
+        request = nodes.request(args.nodes, args.node_rank, args.master_addr, args.master_port)
+    elif args.node_rank is not None or args.master_addr is not None:
+        raise UserError("--hostfile: says which nodes there are; leave out --node-rank and --master-addr")
+    else:
+        request = None
+    if request is None:
+        yield None
+        return
+    try:
+        if remotes is not None:
+            remotes.start()
+        party = nodes.Party.join(request, config, say, remotes.check if remotes is not None else lambda: None)
+        calm.watch(party)
+        try:
+            yield party
+        except BaseException as error:
+            party.channel.close(error)
+            raise
+        party.channel.close()
+    except BaseException as error:
+        _add_last_words(error, remotes)
+        raise
+    finally:
+        if remotes is not None:
+            remotes.end()
+
+
+def _add_last_words(error: BaseException, remotes: Any) -> None:
+    """A host that is gone may have said why."""
+    from pipeline_train.control import NodeGone
+
+    if isinstance(error, NodeGone) and remotes is not None:
+        error.args = (str(error) + "." + remotes.last_words(error.node),)
+
+
+def _same_everywhere(args: argparse.Namespace) -> List[str]:
+    found = ["--config", str(args.config)]
+    for pair in args.set:
+        found += ["--set", pair]
+    if args.resume is not None:
+        found += ["--resume", "auto"] if args.resume == "auto" else ["--resume"]
+    return found + (["--allow-changed-data"] if args.allow_changed_data else [])
+
+
+def check(party: Any, prepared: Any) -> None:
+    """The preflight of a run on several nodes; nothing on one machine. Raises NotReady."""
+    if party is None:
+        return
+    from pipeline_train.preflight import Task, check_nodes
+
+    place, request = party.place, party.request
+    check_nodes(party.channel, Task(
+        request.addr, request.port, len(place.ranks), place.ranks[0], prepared.config, prepared=not place.shared,
+        shared=place.shared, resumed=prepared.resume is not None,
+    ), say)  # fmt: skip
+
+
+def team(party: Any) -> Tuple[Any, Optional[Dict[str, str]]]:
+    """For launch; waits until every node has come so far."""
+    if party is None:
+        return None, None
+    from pipeline_train.team import Team
+
+    addresses = party.addresses()
+    party.share()
+    return Team(party.place, party.channel), addresses
+
+
+def bring(party: Any, prepared: Any, wanted: bool) -> None:
+    """Before node 0 exports: all files of the checkpoint that it has not, when nodes share no disk. Afterwards the other nodes are
+    not needed any more. ``wanted``: node 0's, whether anything is exported."""
+    if party is None:
+        return
+    told: Dict[str, Any] = party.share({"wanted": wanted})
+    if told["wanted"] and not party.place.shared:
+        from pipeline_train import gather
+
+        gather.bring(party.channel, prepared.out, say, optimizer=False)
+    party.channel.close()
