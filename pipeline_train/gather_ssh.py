@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
-from . import arrival, checkpoint_folder, host, hostfile, manifest, manifest_where
+from . import arrival, checkpoint_folder, host, hostfile, manifest, manifest_where, remote
 from .arrival import ASIDE, PIECE, Arrival
 from .errors import RunFailed, UserError
 
 Say = Callable[[str], None]  # takes a line for the user
-SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=15"]
+ALIVE = ["-o", "ServerAliveInterval=15"]  # a node that dies meanwhile is noticed within a minute
 NO_CONNECTION = 255  # ssh's exit code, and rsync's when ssh had it
 NO_RSYNC = (12, 127)  # rsync's exit codes when the other end has none
 
@@ -56,11 +56,7 @@ def hosts_of(document: Dict[str, Any], hosts: List[str], hosts_file: Path, missi
         number = next(number for number, name in enumerate(nodes) if name not in hosts)
         raise UserError("%s: does not name node %d (%s) of the checkpoint; add it, or list the hosts of all %d nodes in their order"
                         % (hosts_file, number, nodes[number], len(nodes)))  # fmt: skip
-    found = list(nodes) if set(nodes) <= set(hosts) else hosts
-    for name in found:
-        if name.startswith("-"):
-            raise UserError("%s: %s is no name of a host" % (hosts_file, name))
-    return found
+    return list(nodes) if set(nodes) <= set(hosts) else hosts
 
 
 class _Fetch:
@@ -69,7 +65,7 @@ class _Fetch:
     def __init__(self, folder: Path, document: Dict[str, Any], hosts: List[str], say: Say) -> None:
         self.folder, self.document, self.hosts, self.say = folder, document, hosts, say
         self.there = os.path.abspath(str(folder))  # not resolved: a link may lead elsewhere on another node
-        self.ssh = SSH + shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+        self.ssh = ["ssh"] + shlex.split(os.environ.get(remote.SSH_ARGS, "")) + shlex.split(remote.SSH_OPTIONS) + ALIVE
         self.aside = folder / (ASIDE + "rsync")
 
     def all_of(self, names: List[str]) -> None:
@@ -111,11 +107,15 @@ class _Fetch:
         done = subprocess.run(command, input="\0".join(names).encode(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         if done.returncode in NO_RSYNC:
             return False
-        for name in names:
-            if self._came(name) or done.returncode == 0:
-                self._accept(node, name)
-        if done.returncode:
-            raise self._failed(node, names[0], done.stderr, done.returncode)
+        came = [name for name in names if self._came(name)]
+        for name in came:
+            self._accept(node, name)
+        for name in [name for name in names if name not in came]:
+            if done.returncode:
+                raise self._failed(node, name, done.stderr, done.returncode)
+            with contextlib.suppress(OSError):
+                (self.aside / name).unlink()
+            raise arrival.refused(self.folder / name, self._named(node))
         return True
 
     def _came(self, name: str) -> bool:
@@ -127,9 +127,6 @@ class _Fetch:
     def _accept(self, node: int, name: str) -> None:
         path = self.aside / name
         try:
-            if not self._came(name):
-                path.unlink()
-                raise arrival.refused(self.folder / name, self._named(node))
             checkpoint_folder.sync(path)
             os.replace(str(path), str(self.folder / name))
         except OSError as error:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Dict
 
 HELP = "bring the files of a checkpoint that lie on other nodes: to this node over ssh, or to node 0 without"
-PORT = 29500
 WAIT_S = 300.0
 
 
@@ -18,38 +17,37 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, metavar="N", help="without ssh: run it on each of the N nodes")
     parser.add_argument("--node-rank", type=int, metavar="R", help="which of them this is, from 0")
     parser.add_argument("--master-addr", metavar="ADDRESS", help="of node 0")
-    parser.add_argument(
-        "--master-port", type=int, default=PORT, metavar="PORT", help="as for train (%d); the next one is used" % PORT
-    )
+    parser.add_argument("--master-port", type=int, metavar="PORT", help="as for train (29500); the next one is used")
     parser.add_argument("--everywhere", action="store_true", help="make it whole on every node, not only on node 0")
     parser.add_argument("--without-optimizer", action="store_true",
                         help="leave out the optimizer's state: enough for to-hf and verify, not for --resume")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
+    from pipeline_train import nodes
     from pipeline_train.errors import UserError
 
-    joined = [args.nodes, args.node_rank, args.master_addr]
-    if args.hostfile is not None and any(value is not None for value in joined + [args.everywhere or None]):
+    joined = [args.nodes, args.node_rank, args.master_addr, args.master_port]
+    if args.hostfile is not None and (args.everywhere or any(value is not None for value in joined)):
         raise UserError("--hostfile: fetches over ssh to this node alone; it goes without --nodes and its like")
     if args.hostfile is not None:
         from pipeline_train.gather_ssh import fetch
 
         return fetch(Path(args.input), args.hostfile, _say, not args.without_optimizer)
-    if any(value is None for value in joined):
+    if args.nodes == 1:
+        raise UserError("--nodes 1: one node has nothing to gather from")
+    request = nodes.request(*joined)
+    if request is None:
         raise UserError("name the hosts with --hostfile, or run it on every node with --nodes, --node-rank and --master-addr")
-    if args.nodes < 2 or not 0 <= args.node_rank < args.nodes:
-        raise UserError("--nodes %d --node-rank %d: expected at least 2 nodes, numbered from 0" % (args.nodes, args.node_rank))
-    if not 0 < args.master_port < 65535:
-        raise UserError("--master-port %d: expected a port below 65535" % args.master_port)
-    return _join(args)
+    return _join(request, args)
 
 
-def _join(args: argparse.Namespace) -> Dict[str, Any]:
+def _join(request: Any, args: argparse.Namespace) -> Dict[str, Any]:
     from pipeline_train.control import Channel
     from pipeline_train.gather import bring
 
-    channel = Channel.open(args.node_rank, args.nodes, args.master_addr, args.master_port + 1, os.uname().nodename, WAIT_S, _say)
+    name = os.uname().nodename
+    channel = Channel.open(request.node, request.nodes, request.addr, request.port + 1, name, WAIT_S, _say)
     try:
         document = bring(channel, Path(args.input), _say, args.everywhere, not args.without_optimizer)
     except BaseException as error:
