@@ -34,6 +34,7 @@ from .device import resolve_device
 from .errors import UserError
 from .families import Dims
 from .nodes import Party
+from .place import Place
 
 Say = Callable[[str], None]  # takes a line for the user
 
@@ -89,13 +90,13 @@ def prepare(
     )
     run.model.path = str(folder)  # a hub name or a run means this folder from now on, on every rank
     dims = _resolve_model(run, folder, source.name)
+    layers = scattered.layers_here(run, Place.alone(run.world) if party is None else party.place)
     facts = _facts(run)
     document = None if checkpoint is None else manifest.read(checkpoint)
     if checkpoint is not None and document is not None:  # before anything of the old run is overwritten
         run_folder.same_model(checkpoint, dims)
         run_folder.same_run(run, document, facts, allow_changed_data)
-        if party is not None:
-            scattered.check_layout(checkpoint, scattered.layers_here(run, party.place))
+        scattered.check_layout(checkpoint, layers)
     codec = TextCodec.load(str(folder), run.data.template)
     codec.check_vocab(dims.vocab)
     facts.update(_freeze_date(codec, document, say, party.now if party is not None else None))
@@ -107,7 +108,7 @@ def prepare(
         run_folder.say_changes(run, out, say)
     saves = _saves(run.train.save_every or total, done, total)
     if saves:
-        checkpoint_folder.check_room(run, dims, source.name, saves, say)
+        checkpoint_folder.check_room(run, dims, source.name, saves, say, layers)
     documents = {"versions.json": found, "data.json": dict(facts, pad_id=codec.pad_id), "plan.json": _planned(run, dims, found)}
     _write_resolved(run, out, source, folder, codec, documents)
     prepared = Prepared(run, out, dims, gpus, total, checkpoint, done)
