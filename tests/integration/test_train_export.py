@@ -5,8 +5,11 @@ import json
 import pytest
 import yaml
 
+from export import from_ranks
+from export.to_hf import to_hf
 from pipedock import main
 from pipeline_train import metrics
+from tests.integration import dying_export
 from tests.models import make_hf, tiny_config
 from tests.tokenizers import tiny_tokenizer
 from verbs.train import kept
@@ -39,10 +42,17 @@ def test_train_exports_and_proves(tmp_path, capfd, monkeypatch):
         error = capfd.readouterr().err
         assert what in error and "name a folder of its own for the export" in error and not out.exists()
 
+    killed(command, tmp_path, capfd, monkeypatch)
     assert main(command) == 0
-    document = json.loads(capfd.readouterr().out)
+    said = capfd.readouterr()
+    document = json.loads(said.out)
     proof = json.loads((export / "proof.json").read_text())
     assert (document["export"], document["steps"], proof["holds"], proof["step"]) == (str(export), 2, True, 2)
+    assert document["written_by_ranks"]["bytes"] > 100000 and "GB from 1 ranks in" in said.err
+    to_hf(str(out), str(tmp_path / "again" / "export"))
+    for path in (tmp_path / "again" / "export").iterdir():
+        assert path.name == "README.md" or path.read_bytes() == (export / path.name).read_bytes(), path.name
+    assert "Proved equal" in (export / "README.md").read_text()
 
     same_evaluation(out, export)
 
@@ -63,6 +73,23 @@ def test_train_exports_and_proves(tmp_path, capfd, monkeypatch):
     assert kept(tmp_path / "nothing").endswith(
         "nothing was saved yet; --resume auto starts again. train.save_every sets how often a run is saved"
     )
+
+
+def killed(command, tmp_path, capfd, monkeypatch):
+    """A rank that dies in the export leaves nothing that looks like one; the next start exports from the checkpoint."""
+    command = command + ["--set", "run.out=%s" % (tmp_path / "died"), "--set", "export.dir=%s" % (tmp_path / "of-died")]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(from_ranks, "WRITE", dying_export.CALL)
+    assert main(command) == 1
+    said = capfd.readouterr()
+    assert "rank 0: was killed by SIGKILL" in said.err and "step_000002 is kept; continue with --resume" in said.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(before + ["died"]), "something of the export is left"
+    monkeypatch.undo()
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert main(command + ["--resume", "auto"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document["finished"] is True and "written_by_ranks" not in document
+    assert json.loads((tmp_path / "of-died" / "proof.json").read_text())["holds"] is True
 
 
 def same_evaluation(out, export):
