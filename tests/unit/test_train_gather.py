@@ -9,7 +9,7 @@ import pytest
 
 from pipeline_train import arrival, checkpoint, gather, manifest, run_folder, scattered
 from pipeline_train.errors import RunFailed, UserError
-from tests.nodes import Cluster, joined
+from tests.thread_nodes import Cluster, joined
 
 
 @pytest.fixture

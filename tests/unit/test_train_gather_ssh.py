@@ -14,7 +14,7 @@ import pipedock
 from pipeline_train import arrival, checkpoint, gather_ssh, manifest
 from pipeline_train.errors import UserError
 from tests.free_port import free_port
-from tests.nodes import Cluster, at_once
+from tests.thread_nodes import Cluster, at_once
 
 ROOT = Path(__file__).resolve().parents[2]
 SAME_PATH = "/proc/self/cwd/out"

@@ -583,3 +583,16 @@ def test_a_template_that_writes_the_date_keeps_the_first_starts_at_a_resume(star
 def test_lion_without_its_package_is_refused_before_anything_starts(start, monkeypatch):
     monkeypatch.setattr(native, "without_lion", lambda: "the package lion-pytorch is not installed")
     refused(start, "optim.type: the package lion-pytorch is not installed; install it, or use adamw", optim={"type": "lion"})
+
+
+def test_one_machine_does_not_resume_a_node_s_part(start):
+    start(parallel={"pipe": 1})
+    folder = used(start)
+    document = manifest.parse(folder)
+    where = {name: [int(name.endswith("_004.safetensors"))] for name in document["files"]}
+    manifest.write(folder, dict(document, where={"nodes": ["a", "b"], "files": where}))
+    (folder / "node").write_text("0\n")
+    for name in (manifest.layer_file(4), manifest.optim_file(4)):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match="step_000004: layer_004.safetensors and 1 more file lie on node 1 .b.: bring them with pipe"):
+        start("newest", parallel={"pipe": 1})

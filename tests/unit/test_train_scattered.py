@@ -12,7 +12,7 @@ import pytest
 from pipeline_train import checkpoint, checkpoint_folder, config, manifest, manifest_where, run_folder, scattered
 from pipeline_train.errors import RunFailed, UserError
 from pipeline_train.weights import open_source
-from tests.nodes import Cluster, at_once, place_of
+from tests.thread_nodes import Cluster, at_once, place_of
 
 A_HAS, B_HAS = [0, 1], [2, 3, 4]  # layers, of 5
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
