@@ -594,5 +594,5 @@ def test_one_machine_does_not_resume_a_node_s_part(start):
     (folder / "node").write_text("0\n")
     for name in (manifest.layer_file(4), manifest.optim_file(4)):
         (folder / name).unlink()
-    with pytest.raises(UserError, match="step_000004: layer_004.safetensors and 1 more file lie on node 1 .b.: bring them with pipe"):
+    with pytest.raises(UserError, match="step_000004: layer_004.safetensors and 1 more file lie on node 1 .b.: bring them"):
         start("newest", parallel={"pipe": 1})
