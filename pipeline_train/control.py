@@ -43,6 +43,7 @@ class Channel:
         self.trouble: Optional[Exception] = None
         self.on_trouble: Callable[[], None] = lambda: None
         self.closed = False
+        self.settled = False  # all nodes know how this ends: nobody has to be told
 
     @classmethod
     def open(
@@ -137,9 +138,11 @@ class Channel:
             return
         self.closed = True
         words: Document = {}
-        if self.trouble is not None:
+        if self.settled:
+            error = None
+        elif self.trouble is not None:
             words = self._told(self.trouble)
-        elif error is not None:
+        if error is not None and not words:
             line = str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__)
             line = line if isinstance(error, Verdict) else "%s: %s" % (self.named(self.node), line)
             words = {"line": line, "user": isinstance(error, UserError)}

@@ -115,6 +115,7 @@ class Ranks:
             self.team.tell(self.summary)
         by = self.summary.pop("signal")
         if self.summary.get("stopped"):
+            self.team.settle()
             raise Stopped("stopped by %s after saving step %d" % (by, self.summary["steps"]))
         return self.summary
 

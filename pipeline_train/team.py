@@ -87,6 +87,11 @@ class Team:
         if self.channel is not None:
             self.channel.post({"summary": summary})
 
+    def settle(self) -> None:
+        """All nodes are about to end in the same way."""
+        if self.channel is not None:
+            self.channel.settled = True
+
     def look(self, board: Board) -> Elsewhere:
         """Node 0: how the others are; ranks that were not heard of yet count as running. Their signs go onto ``board``, their
         wishes to save too."""

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Two nodes on this machine: two launchers, a folder each, over the loopback interface. Every way in which a node or a rank ends, a
+# shared disk, four ranks, other data. ci/test.sh runs a part of it. Minutes on 2 cores.
+set -euo pipefail
+# shellcheck source=ci/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+bash "$ROOT/ci/install.sh"
+cd "$ROOT"
+exec "$VENV/bin/python" -m pytest -q --durations=5 tests/integration/nodes_lane.py "$@"
