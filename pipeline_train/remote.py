@@ -107,7 +107,7 @@ class Remote(NamedTuple):
 
 
 class Remotes:
-    """All of them. ``arguments``: those of ``pipedock train`` that are the same on every node."""
+    """All of them. ``arguments``: the verb and what it gets on every node."""
 
     def __init__(self, hosts: List[Host], arguments: List[str], port: int, logs: Path, say: Say) -> None:
         self.hosts, self.arguments, self.port, self.logs, self.say = hosts, arguments, port, logs, say
@@ -134,7 +134,7 @@ class Remotes:
         self.say("started on %s by %s; what they say: %s" % (names, tool, self.logs / "node_*.log"))
 
     def _line(self, tool: str, node: int, host: Host, exported: Dict[str, str]) -> Tuple[List[str], Dict[str, str]]:
-        command = [_python(), "-m", "pipedock", "train"] + self.arguments
+        command = [_python(), "-m", "pipedock"] + self.arguments
         command += ["--nodes", str(len(self.hosts)), "--node-rank", str(node)]
         command += ["--master-addr", self.hosts[0].name, "--master-port", str(self.port)]
         script = REMOTE.format(

@@ -1,8 +1,11 @@
 """``pipedock preflight``: can these machines run this, one of them or all together?"""
 
 import argparse
-from typing import Any, Dict, List, Optional
+import contextlib
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
 
+from . import together
 from .progress import say
 
 HELP = "check this machine or a cluster before a run: versions, GPUs, limits, network, ports, same files, bandwidth"
@@ -14,70 +17,74 @@ WAIT_S = 300.0
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="run.yaml: also whether its files, memory and disk are there")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a key of run.yaml; may be repeated")
-    several = parser.add_argument_group("several nodes: this command on each of them")
-    several.add_argument("--nodes", type=int, metavar="N", help="how many there are")
-    several.add_argument("--node-rank", type=int, metavar="R", help="the number of this one, 0 to N - 1")
-    several.add_argument("--master-addr", metavar="A", help="the address of node 0 that all nodes reach")
-    several.add_argument(
-        "--master-port", type=int, metavar="P", help="a free port there, the next one is used too (default: 29500)"
-    )
-    several.add_argument(
-        "--wait", type=float, default=WAIT_S, metavar="S", help="seconds to wait for the others (default: %.0f)" % WAIT_S
-    )
-    parser.add_argument(
-        "--no-bandwidth", action="store_true", help="leave out the part that starts ranks; seconds instead of a minute"
-    )
+    together.add(parser)
+    parser.add_argument("--wait", type=float, default=WAIT_S, metavar="S",
+                        help="seconds to wait for the other machines (default: %.0f)" % WAIT_S)  # fmt: skip
+    parser.add_argument("--no-bandwidth", action="store_true", help="start no ranks that measure it")
 
 
 def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
-    from pipeline_train import preflight
-    from pipeline_train.control import Channel
+    from pipeline_train import config, preflight
+    from pipeline_train.errors import UserError
 
-    task = _task(args)
-    nodes, node = args.nodes or 1, args.node_rank or 0
-    channel: Optional[Channel] = None
-    error: Optional[BaseException] = None
+    if args.config is None and args.set:
+        raise UserError("--set: overrides keys of run.yaml; name one with --config")
+    loaded = config.load(args.config, tuple(args.set)) if args.config is not None else None
     try:
-        channel = preflight.meet(task, node, nodes, args.wait, say)
-        document = preflight.preflight(channel, task, say, measure_bandwidth=not args.no_bandwidth)
+        document = _checked(args, loaded)
     except preflight.NotReady as failed:  # every node has found the same
         if not args.json:
             args.answer.write(_shown(failed.document, args.answer) + "\n")
         raise
-    except BaseException as other:
-        error = other
-        raise
-    finally:
-        if channel is not None:
-            channel.close(error)
     if args.json:
         return document
     args.answer.write(_shown(document, args.answer) + "\n")
     return None
 
 
-def _task(args: argparse.Namespace) -> Any:
-    from pipeline_train import config, preflight
-    from pipeline_train.errors import UserError
+def _checked(args: argparse.Namespace, loaded: Any) -> Dict[str, Any]:
+    """On this machine, or with the others that the command line names; those of a hostfile are started."""
+    from pipeline_train import preflight
 
-    given = {"--nodes": args.nodes, "--node-rank": args.node_rank, "--master-addr": args.master_addr}
-    missing = [name for name, value in given.items() if value is None]
-    if 0 < len(missing) < len(given):
-        raise UserError("%s: goes with %s" % (", ".join(n for n in given if n not in missing), ", ".join(missing)))
-    if missing and args.master_port is not None:
-        raise UserError("--master-port: goes with --nodes, --node-rank and --master-addr")
-    if not missing and not 0 <= args.node_rank < args.nodes:
-        raise UserError("--node-rank: must be between 0 and %d (--nodes %d), got %d" % (args.nodes - 1, args.nodes, args.node_rank))
-    port = 29500 if args.master_port is None else args.master_port
-    if not 1 <= port <= 65534:
-        raise UserError("--master-port: must be between 1 and 65534, got %d" % port)
-    if args.config is None and args.set:
-        raise UserError("--set: overrides keys of run.yaml; name one with --config")
-    loaded = config.load(args.config, tuple(args.set)) if args.config is not None else None
-    task = preflight.Task(port=port, run=loaded)
-    if missing or args.nodes == 1:
-        return task
-    return preflight.share_of(task._replace(addr=args.master_addr), args.node_rank, args.nodes)
+    hosts = together.hosts_of(args)
+    request = together.request_of(args, hosts)
+    task = preflight.Task(run=loaded)
+    if request is None:
+        task = task._replace(ranks=hosts[0].slots if hosts is not None and loaded is None else None)
+        return preflight.preflight(preflight.alone(), task, say, not args.no_bandwidth)
+    task = task._replace(addr=request.addr, port=request.port)
+    with _folder_for_logs(request.hosts) as logs, together.elsewhere(request, _same_everywhere(args), logs) as check:
+        channel = preflight.meet(task, request, args.wait, say, check)
+        try:
+            document = preflight.preflight(channel, preflight.allotted(channel, task, request.hosts), say, not args.no_bandwidth)
+        except preflight.NotReady:
+            channel.close()
+            raise
+        except BaseException as error:
+            channel.close(error)
+            raise
+        channel.close()
+    return document
+
+
+def _same_everywhere(args: argparse.Namespace) -> List[str]:
+    """The command that every node gets."""
+    found = ["preflight", "--wait", str(args.wait)] + (["--no-bandwidth"] if args.no_bandwidth else [])
+    if args.config is not None:
+        found += ["--config", str(args.config)]
+    return found + [word for pair in args.set for word in ("--set", pair)]
+
+
+@contextlib.contextmanager
+def _folder_for_logs(hosts: Any) -> Iterator[Path]:
+    """For what a hostfile's other hosts say; kept when something went wrong."""
+    import shutil
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="pipedock-preflight-")) if hosts is not None else Path()
+    yield folder
+    if hosts is not None:
+        shutil.rmtree(str(folder), ignore_errors=True)
 
 
 def _shown(document: Dict[str, Any], answer: Any) -> str:

@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from .progress import say
 
@@ -62,35 +62,58 @@ def hosts_of(args: argparse.Namespace) -> Any:
     return hostfile.read(args.hostfile)
 
 
+def request_of(args: argparse.Namespace, hosts: Any) -> Any:
+    """Who is who, by the hostfile or the command line; None on one machine. What .deepspeed_env says holds from here on, as it does
+    on every node. Raises UserError."""
+    from pipeline_train import nodes, remote
+    from pipeline_train.errors import UserError
+
+    if hosts is None:
+        return nodes.request(args.nodes, args.node_rank, args.master_addr, args.master_port)
+    if args.node_rank is not None or args.master_addr is not None:
+        raise UserError("--hostfile: says which nodes there are; leave out --node-rank and --master-addr")
+    if len(hosts) == 1:
+        return None
+    os.environ.update(remote.variables())
+    remote.check_first(hosts[0])
+    return nodes.Request(0, len(hosts), hosts[0].name, args.master_port or nodes.PORT, hosts)
+
+
+@contextlib.contextmanager
+def elsewhere(request: Any, arguments: List[str], logs: Path) -> Iterator[Callable[[], None]]:
+    """The launchers of a hostfile's other hosts, with these arguments of pipedock, what they say in ``logs``; none when every node
+    is started by its user. -> what to call while waiting for them: it raises why one cannot come."""
+    from pipeline_train import remote
+
+    if request.hosts is None:
+        yield lambda: None
+        return
+    remotes = remote.Remotes(request.hosts, arguments, request.port, logs, say)
+    try:
+        remotes.start()
+        yield remotes.check
+    except BaseException as error:
+        _add_last_words(error, remotes)
+        raise
+    finally:
+        remotes.end()
+
+
 @contextlib.contextmanager
 def joined(args: argparse.Namespace, config: Any, hosts: Any, calm: Calm) -> Iterator[Any]:
     """The party of all nodes, left at the end; None on one machine. Whatever ends this node is told to the others."""
-    from pipeline_train import nodes, remote, run_folder
-    from pipeline_train.errors import UserError
+    from pipeline_train import nodes, run_folder
 
-    remotes: Optional[remote.Remotes] = None
-    if hosts is not None and len(hosts) > 1:
-        os.environ.update(remote.variables())  # on every node
-        remote.check_first(hosts[0])
-        port = args.master_port or nodes.PORT
-        request: Any = nodes.Request(0, len(hosts), hosts[0].name, port, hosts)
-        nodes.counts(config.world, len(hosts), hosts)  # before anything is started elsewhere
-        out = Path(config.run.out)
-        run_folder.take(out, Path(args.config).name, say)
-        remotes = remote.Remotes(hosts, _same_everywhere(args), port, out / "logs", say)
-    elif hosts is None:
-        request = nodes.request(args.nodes, args.node_rank, args.master_addr, args.master_port)
-    elif args.node_rank is not None or args.master_addr is not None:
-        raise UserError("--hostfile: says which nodes there are; leave out --node-rank and --master-addr")
-    else:
-        request = None
+    request = request_of(args, hosts)
     if request is None:
         yield None
         return
-    try:
-        if remotes is not None:
-            remotes.start()
-        party = nodes.Party.join(request, config, say, remotes.check if remotes is not None else lambda: None)
+    out = Path(config.run.out)
+    if request.hosts is not None:  # before anything is started elsewhere
+        nodes.counts(config.world, request.nodes, request.hosts)
+        run_folder.take(out, Path(args.config).name, say)
+    with elsewhere(request, ["train"] + _same_everywhere(args), out / "logs") as check:
+        party = nodes.Party.join(request, config, say, check)
         calm.watch(party)
         try:
             yield party
@@ -98,19 +121,13 @@ def joined(args: argparse.Namespace, config: Any, hosts: Any, calm: Calm) -> Ite
             party.channel.close(error)
             raise
         party.channel.close()
-    except BaseException as error:
-        _add_last_words(error, remotes)
-        raise
-    finally:
-        if remotes is not None:
-            remotes.end()
 
 
 def _add_last_words(error: BaseException, remotes: Any) -> None:
     """A host that is gone may have said why."""
     from pipeline_train.control import NodeGone
 
-    if isinstance(error, NodeGone) and remotes is not None:
+    if isinstance(error, NodeGone):
         error.args = (str(error) + "." + remotes.last_words(error.node),)
 
 

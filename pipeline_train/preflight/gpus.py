@@ -6,20 +6,32 @@ import subprocess
 from typing import Any, Dict, List, Optional
 
 from .. import compat
-from ..errors import RunFailed
+from ..errors import RunFailed, UserError
 from .finding import FAILURE, NOTE, OK, WARNING, Facts, Finding, size
 
 CARDS = ("index", "uuid", "name", "driver_version", "memory.total", "memory.free")
 PROCESSES = ("gpu_uuid", "pid", "process_name", "used_memory")
 MIB = 1 << 20
+NONE_FOUND = 6  # nvidia-smi(1), "return value": a query found nothing
 PATIENCE_S = 30.0
 CONTEXT_BYTES = 1 << 30  # what an idle card may have in use: the driver's and a desktop's
 
 
 def measure() -> Dict[str, Any]:
     """{"cards": [{index, uuid, name, driver, total, free (bytes), processes: [{pid, name, bytes}]}], "torch": cards that torch can
-    use, or None when it was not asked, "error": what nvidia-smi or torch says, "" if all is well, "cpu": the user wants none}."""
-    found: Dict[str, Any] = {"cards": [], "torch": None, "error": "", "cpu": os.environ.get("DS_ACCELERATOR") == "cpu"}
+    use, or None when it was not asked, "error": what nvidia-smi or torch says, "" if all is well, "cpu": the user wants none,
+    "no_cpu": why DeepSpeed cannot train without one, "" where it can}."""
+    found: Dict[str, Any] = {
+        "cards": [],
+        "torch": None,
+        "error": "",
+        "cpu": os.environ.get("DS_ACCELERATOR") == "cpu",
+        "no_cpu": "",
+    }
+    try:
+        compat.check_cpu(compat.versions()["deepspeed"])
+    except UserError as error:
+        found["no_cpu"] = str(error)
     if found["cpu"]:
         return found
     try:
@@ -41,6 +53,8 @@ def _query(what: str) -> str:
         raise RunFailed("nvidia-smi does not answer within %.0f s" % PATIENCE_S) from None
     except OSError as error:
         raise RunFailed("nvidia-smi cannot be started: %s" % error.strerror) from None
+    if done.returncode == NONE_FOUND:
+        return ""
     if done.returncode:
         raise RunFailed("nvidia-smi: %s" % " ".join((done.stdout or done.stderr).split()))
     return done.stdout
@@ -94,12 +108,15 @@ def check(facts: Facts) -> List[Finding]:
     cards = gpus["cards"]
     if gpus["error"]:
         fix = "sudo nvidia-smi shows the same on the machine itself; a driver that was updated under a running system needs: " \
-              "sudo reboot"  # fmt: skip
+              "sudo reboot; DS_ACCELERATOR=cpu does without"  # fmt: skip
         if "torch" in gpus["error"]:
             fix = "pip install 'pipedock[train]' and a torch for this machine"
         return [Finding("GPUs", FAILURE, gpus["error"], fix)]
     if gpus["cpu"] or not (cards or usable):
         why = "DS_ACCELERATOR=cpu" if gpus["cpu"] else "no GPU here"
+        if gpus["no_cpu"]:
+            said, _, fix = gpus["no_cpu"].partition("; ")
+            return [Finding("GPUs", FAILURE, "%s: %s" % (why, said), fix or "pip install deepspeed==%s" % compat.TESTED[-1])]
         return [Finding("GPUs", NOTE, "%s: training runs on the CPU" % why)]
     if cards and not usable:
         said = "nvidia-smi sees %d (%s, driver %s), torch %s can use none" % (

@@ -9,7 +9,8 @@ from .. import config, families, identity, manifest
 from ..config_schema import RunConfig
 from ..control import Channel
 from ..errors import RunFailed
-from ..place import Place
+from ..hostfile import Host
+from ..nodes import Request, counts
 from . import bandwidth, clocks, gpus, machine, wires
 from .finding import FAILURE, OK, WARNING, Facts, Finding, NotReady, at
 from .need import need
@@ -159,37 +160,37 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def task_of(run: RunConfig, place: Place, addr: str, port: int, resumed: bool) -> Task:
-    """For ``check_nodes``, of a run that ``prepare`` has resolved and whose data it has encoded. ``resumed``: from a checkpoint."""
-    first = place.ranks[0] if place.ranks else 0
-    return Task(addr, port, len(place.ranks), first, run, prepared=True, shared=place.shared, resumed=resumed)
+def alone() -> Channel:
+    """To nobody."""
+    return Channel(0, 1, os.uname().nodename)
 
 
-def share_of(task: Task, node: int, nodes: int) -> Task:
-    """With the ranks that ``node`` gets when all ``nodes`` get as many as the next, or one more."""
-    if task.run is None:
-        return task
-    each, more = divmod(task.run.world, nodes)
-    return task._replace(ranks=each + int(node < more), first=node * each + min(node, more))
-
-
-def meet(task: Task, node: int, nodes: int, wait_s: float, say: Say) -> Channel:
-    """The channel to the other nodes, one port above the ranks'. Raises NotReady, with what is to say of this node alone, when they
+def meet(task: Task, request: Request, wait_s: float, say: Say, check: Callable[[], None]) -> Channel:
+    """The channel to the other nodes, see control.Channel.open. Raises NotReady, with what is to say of this node alone, when they
     do not come; UserError for launchers that do not belong together."""
+    node, nodes, port = request.node, request.nodes, request.port + 1
     try:
-        return Channel.open(node, nodes, task.addr or "", task.port + 1, os.uname().nodename, wait_s, say)
+        return Channel.open(node, nodes, request.addr, port, os.uname().nodename, wait_s, say, check)
     except RunFailed as error:
         facts = measure(task)
-        fix = "start pipedock preflight there too; let port %d of node 0 through: sudo ufw allow %d/tcp" % (
-            task.port + 1,
-            task.port + 1,
-        )
-        said = str(error).partition(". ")[0]
+        fix = "start pipedock preflight there too; let port %d of node 0 through: sudo ufw allow %d/tcp" % (port, port)
         everyone: List[Facts] = [{}] * nodes
         everyone[node] = facts
-        judged(
-            at(node, here(facts)) + [Finding("ports", FAILURE, said, fix, node)],
-            [row.get("name", "?") for row in everyone],
-            everyone,
-        )
+        missing = Finding("ports", FAILURE, str(error).partition(". ")[0], fix, node)
+        judged(at(node, here(facts)) + [missing], [row.get("name", "?") for row in everyone], everyone)
         raise AssertionError("a failure is judged as one") from error
+
+
+def allotted(channel: Channel, task: Task, hosts: Optional[List[Host]]) -> Task:
+    """With the ranks that this node will get, as train gives them; ``hosts``: node 0's hostfile, whose names the nodes take. All
+    nodes call it. Raises UserError."""
+    told: Dict[str, Any] = {}
+    if channel.node == 0:
+        ranks = [host.slots for host in hosts] if hosts is not None else None
+        ranks = counts(task.run.world, channel.nodes, hosts) if task.run is not None else ranks
+        told = {"ranks": ranks, "names": [host.name for host in hosts] if hosts is not None else channel.names}
+    told = channel.exchange(told)[0]
+    channel.rename(told["names"])
+    if told["ranks"] is None:
+        return task
+    return task._replace(ranks=told["ranks"][channel.node], first=sum(told["ranks"][: channel.node]))

@@ -34,7 +34,7 @@ def facts(**changed: Any) -> Dict[str, Any]:
                                                               "nofile": [65536, 65536]},
         "memory": {"available": 100 * GIB, "limit": None}, "infiniband": False, "container": False,
         "disk": {"path": "runs/x", "size": 900 * GIB, "free": 800 * GIB}, "ranks": 2, "files": {},
-        "gpus": {"cards": [card(0), card(1)], "torch": 2, "error": "", "cpu": False},
+        "gpus": {"cards": [card(0), card(1)], "torch": 2, "error": "", "cpu": False, "no_cpu": ""},
         "need": {"gpu": [40 * GIB, 40 * GIB], "host": 0, "copy": 20 * GIB, "checkpoint": 80 * GIB, "checkpoints": 4, "world": 2},
     }  # fmt: skip
     for key, value in changed.items():
@@ -153,6 +153,13 @@ def test_files_that_are_not_here() -> None:
 def test_no_gpu_is_said_plainly() -> None:
     none = {"cards": [], "torch": 0}
     only(gpus.check(facts(gpus=none)), NOTE, "GPUs: no GPU here: training runs on the CPU")
+    old = "deepspeed 0.9.2 trains on GPUs only, and none is here; on CPUs use deepspeed 0.19.8 (Python >= 3.10)"
+    only(
+        gpus.check(facts(gpus=dict(none, no_cpu=old))),
+        FAILURE,
+        "deepspeed 0.9.2 trains on GPUs only",
+        "on CPUs use deepspeed 0.19.8",
+    )
     only(gpus.check(facts(gpus=dict(none, cpu=True))), NOTE, "DS_ACCELERATOR=cpu: training runs on the CPU")
 
 
@@ -214,7 +221,9 @@ def test_a_real_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     found = gpus.measure()
     assert found["error"] == "" and found["torch"] == 1 and found["cards"][0]["driver"] == "515.65.01"
     tool.write_text("#!/bin/sh\necho 'No devices were found'; exit 6\n")
-    assert gpus.measure()["error"] == "nvidia-smi: No devices were found"
+    assert gpus.measure()["error"] == "" and gpus.measure()["cards"] == []
+    tool.write_text("#!/bin/sh\necho 'Driver/library version mismatch'; exit 18\n")
+    assert gpus.measure()["error"] == "nvidia-smi: Driver/library version mismatch"
     tool.write_text("#!/bin/sh\nexec sleep 20\n")
     monkeypatch.setattr(gpus, "PATIENCE_S", 0.2)
     assert "does not answer" in gpus.measure()["error"]

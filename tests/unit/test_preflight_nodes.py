@@ -14,7 +14,8 @@ import pytest
 
 from pipeline_train import config, preflight
 from pipeline_train.control import Channel
-from pipeline_train.place import Node, Place
+from pipeline_train.hostfile import Host
+from pipeline_train.nodes import Request
 from pipeline_train.preflight import bandwidth, clocks, together, wires
 from pipeline_train.preflight.finding import FAILURE, NOTE, OK, WARNING, Finding, NotReady
 from tests.free_port import free_port
@@ -189,9 +190,9 @@ def test_a_clock_that_stands_still() -> None:
 
 def test_a_slow_network_is_no_skew() -> None:
     """Nobody can tell better than half of the way there and back."""
-    samples = [[0.0, 4.0, 6.0], [10.0, 14.0, 16.0]]
+    samples = [[0.0, 8.0, 10.0], [20.0, 28.0, 30.0]]
     assert clocks.check([[], samples])[0].level == OK
-    assert clocks.check([[], samples + [[20.0, 26.0, 20.2]]])[0].level == WARNING
+    assert clocks.check([[], samples + [[40.0, 46.0, 40.2]]])[0].level == WARNING
 
 
 def talk(**changed: Any) -> Dict[str, Any]:
@@ -222,14 +223,20 @@ def test_ranks_that_do_not_find_each_other() -> None:
     )
 
 
-def test_ranks_that_fail_or_hang_are_ended() -> None:
+def test_ranks_that_fail_or_hang_are_ended(tmp_path: Path) -> None:
     envs = [dict(os.environ, RANK=str(rank)) for rank in range(2)]
     fail = "import os, sys, time\nif os.environ['RANK'] == '1': raise ValueError('no card')\ntime.sleep(60)"
     began = time.monotonic()
     found = bandwidth.run_ranks([sys.executable, "-c", fail], envs, 30.0)
     assert found == {"answer": None, "error": "rank 1: ValueError: no card"} and time.monotonic() - began < 20
-    hang = bandwidth.run_ranks([sys.executable, "-c", "import time; time.sleep(60)"], envs, 0.5)
-    assert hang["error"] == "no end after 0 s" or "no end after" in hang["error"]
+    sleep = "import os, time; open(os.path.join(%r, os.environ['RANK']), 'w').write(str(os.getpid())); time.sleep(60)" % str(
+        tmp_path
+    )
+    hang = bandwidth.run_ranks([sys.executable, "-c", sleep], envs, 2.0)
+    assert hang == {"answer": None, "error": "no end after 2 s"}
+    for rank in "01":
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / rank).read_text()), 0)
     good = bandwidth.run_ranks([sys.executable, "-c", "print('{\"a\": 1}')"], envs, 30.0)
     assert good == {"answer": {"a": 1}, "error": ""}
     assert "cannot be started" in bandwidth.run_ranks(["/no/such"], envs, 1.0)["error"]
@@ -261,8 +268,8 @@ def checked(tmp_path: Path, said: List[str], **changed: Any) -> List[Any]:
 
     def work(channel: Channel) -> Any:
         run = make_run(tmp_path / str(channel.node), **(changed if channel.node else {}))
-        place = Place(channel.node, (Node("a", (0,)), Node("b", (1,))), shared=False)
-        return preflight.check_nodes(channel, preflight.task_of(run, place, HERE, port, resumed=False), said.append)
+        task = preflight.Task(HERE, port, ranks=1, first=channel.node, run=run, prepared=True)
+        return preflight.check_nodes(channel, task, said.append)
 
     return on_nodes(work)
 
@@ -304,16 +311,26 @@ def test_all_failures_are_in_the_one_line() -> None:
 def test_a_missing_node_is_told_with_what_is_known_of_this_one(cpu: None) -> None:
     task = preflight.Task(addr=HERE, port=free_port())
     with pytest.raises(NotReady) as caught:
-        preflight.meet(task, 1, 2, 0.2, lambda line: None)
+        preflight.meet(task, Request(1, 2, HERE, task.port), 0.2, lambda line: None, lambda: None)
     assert "node 0 does not answer at 127.0.0.1:%d" % (task.port + 1) in str(caught.value)
     assert "sudo ufw allow %d/tcp" % (task.port + 1) in str(caught.value)
     assert [row["check"] for row in caught.value.document["findings"]][:1] == ["versions"]
 
 
-@pytest.mark.parametrize(
-    "world, nodes, shares", [(4, 2, [(0, 2), (2, 2)]), (5, 3, [(0, 2), (2, 2), (4, 1)]), (1, 2, [(0, 1), (1, 0)])]
-)
-def test_ranks_are_shared_out(world: int, nodes: int, shares: List[Any]) -> None:
-    run = config.parse({"run": {"out": "-"}, "model": {"path": "-"}, "data": {"train": "-"}, "parallel": {"pipe": world}})
-    tasks = [preflight.share_of(preflight.Task(run=run), node, nodes) for node in range(nodes)]
-    assert [(task.first, task.ranks) for task in tasks] == shares
+HOSTS = [Host("big", 3, "hosts:1"), Host("small", 1, "hosts:2")]
+
+
+@pytest.mark.parametrize("pipe, hosts, shares, names", [
+    (4, None, [(0, 2), (2, 2)], ["a", "b"]), (4, HOSTS, [(0, 3), (3, 1)], ["big", "small"]),
+    (None, HOSTS, [(0, 3), (3, 1)], ["big", "small"]), (None, None, [(0, None), (0, None)], ["a", "b"]),
+])  # fmt: skip
+def test_ranks_are_shared_out_as_train_does(pipe: Any, hosts: Any, shares: List[Any], names: List[str]) -> None:
+    """A hostfile is on node 0 only."""
+    raw = {"run": {"out": "-"}, "model": {"path": "-"}, "data": {"train": "-"}, "parallel": {"pipe": pipe}}
+    task = preflight.Task(run=None if pipe is None else config.parse(raw))
+
+    def work(channel: Channel) -> Any:
+        mine = preflight.allotted(channel, task, hosts if channel.node == 0 else None)
+        return (mine.first, mine.ranks), channel.names
+
+    assert on_nodes(work) == [(share, names) for share in shares]
