@@ -15,10 +15,10 @@ from typing import Callable, List, Optional, Sequence
 
 import requests
 
-from pipeline_train import proof
 from pipeline_train.errors import RunFailed, UserError
 
 from . import state
+from .proved import check_proof
 from .state import Running
 
 ENGINES = ("embedded",)
@@ -63,6 +63,7 @@ def launch(
     check_proof(model, progress, need_proof)
     log = state.log_file(port)
     command = [sys.executable, "-m", "serve.embedded", "--model-id", model, "--port", str(port), "--hostname", host, *flags]
+    command.append("--proof-checked")
     environment = {**os.environ, "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1"}
     environment.pop("API_KEY", None)
     if api_key:
@@ -122,17 +123,6 @@ def check_model(model: str) -> None:
         raise UserError("--model %s: no tokenizer (none of %s)" % (model, ", ".join(TOKENIZERS)))
     if not any(next(path.glob(pattern), None) for pattern in WEIGHTS):
         raise UserError("--model %s: no weights (*.safetensors or *.bin)" % model)
-
-
-def check_proof(model: str, say: Callable[[str], None], required: bool = True) -> None:
-    """An export must carry a proof that holds for its files as they are; a folder that never was an export needs none. UserError,
-    or, with ``required`` False, a warning on stderr. ``say`` is told before the files are read."""
-    objection = proof.objection(Path(model), say)
-    if objection is None:
-        return
-    if required:
-        raise UserError("%s (--no-proof serves it all the same)" % objection)
-    sys.stderr.write("WARNING: --no-proof: served although nothing proves that this is the trained model: %s\n" % objection)
 
 
 def url_of(host: str, port: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Optional
 
 from pipeline_train.errors import RunFailed, UserError
 
+from ..proved import check_proof
 from . import args
 from .args import Options
 
@@ -39,8 +40,10 @@ def serve(options: Options) -> None:
     """Until SIGTERM or SIGINT; then running requests are finished first."""
     for note in options.notes:
         LOG.warning(note)
-    model_folder(options.model_id)
+    local = model_folder(options.model_id)
     listener = bind(options.hostname, options.port)
+    if local and not options.proof_checked:
+        check_proof(options.model_id, LOG.info, required=not options.no_proof)
     # Idle OpenMP threads sleep after some 25 us instead of spinning for milliseconds: with other work on the machine, each of the
     # hundreds of barriers in a step otherwise costs a time slice, and a step became 10 to 20 times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -37,7 +37,12 @@ VALUES: Tuple[Tuple[str, type, Any, str], ...] = (  # flag, type, default, help
     ("tokenizer-config-path", str, None, "take the chat template from this file"),
     ("graceful-termination-timeout", int, 90, "seconds for running requests after SIGTERM"),
 )
-SWITCHES = ("trust-remote-code", "json-output")
+SWITCHES = {
+    "trust-remote-code": None,
+    "json-output": None,
+    "no-proof": "serve an export that is not proved, or changed since; says so loudly",
+}
+PROOF_CHECKED = "proof-checked"  # said by pipedock serve, which has compared the proof with the files already
 IGNORED = (
     "sharded", "kv-cache-dtype", "max-batch-prefill-tokens", "waiting-served-ratio", "max-waiting-tokens", "prometheus-port",
     "shard-uds-path", "master-addr", "master-port", "huggingface-hub-cache", "weights-cache-override", "cuda-graphs",
@@ -78,6 +83,8 @@ class Options:
     graceful_termination_timeout: int
     trust_remote_code: bool
     json_output: bool
+    no_proof: bool
+    proof_checked: bool
     cors_allow_origin: Tuple[str, ...]
     notes: Tuple[str, ...]
 
@@ -94,7 +101,8 @@ def parser() -> argparse.ArgumentParser:
         shown = "" if default is None else " [%s]" % default
         made.add_argument("--" + name, *short, type=kind, default=None, help=text + shown)
     for name in SWITCHES:
-        made.add_argument("--" + name, action="store_true", default=None)
+        made.add_argument("--" + name, action="store_true", default=None, help=SWITCHES[name])
+    made.add_argument("--" + PROOF_CHECKED, action="store_true", help=argparse.SUPPRESS)
     made.add_argument(
         "--cors-allow-origin", action="append", default=None, help="let browsers on this origin call; may be repeated"
     )
@@ -112,6 +120,7 @@ def read(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> Op
     values = {_key(name): _value(name, kind, default, given, environment) for name, kind, default, _ in VALUES}
     for name in SWITCHES:
         values[_key(name)] = bool(given[_key(name)]) or environment.get(_variable(name)) == "true"
+    values[_key(PROOF_CHECKED)] = given[_key(PROOF_CHECKED)]
     for name in REFUSED:
         if given[_key(name)] is not None or environment.get(_variable(name)):
             raise UserError("--%s would change the model's answers and is not done by the embedded engine; leave it out" % name)

@@ -16,6 +16,7 @@ from pipeline_train import proof  # noqa: E402
 from pipeline_train.errors import RunFailed, UserError  # noqa: E402
 from serve import launch, state  # noqa: E402
 from serve.embedded.__main__ import main  # noqa: E402
+from serve.proved import check_proof  # noqa: E402
 from tests.free_port import free_port  # noqa: E402
 from verbs.serve import follow  # noqa: E402
 
@@ -101,14 +102,14 @@ def test_an_export_is_served_with_its_proof_only(folder, change, capfd):
     (folder / "pipedock-export.json").write_text("{}")
     prove(folder)
     (folder / "README.md").write_text("of the user")
-    launch.check_proof(str(folder), lambda line: None)
+    check_proof(str(folder), lambda line: None)
     change, text = UNPROVED[change]
     change(folder)
     with pytest.raises(UserError) as caught:
-        launch.check_proof(str(folder), lambda line: None)
+        check_proof(str(folder), lambda line: None)
     assert text in str(caught.value) and "pipedock verify --checkpoint RUN --export %s" % folder in str(caught.value)
     assert str(caught.value).endswith("(--no-proof serves it all the same)")
-    launch.check_proof(str(folder), lambda line: None, required=False)
+    check_proof(str(folder), lambda line: None, required=False)
     warned = capfd.readouterr().err
     assert (
         warned.startswith("WARNING: --no-proof: served although nothing proves that this is the trained model: ") and text in warned
@@ -116,9 +117,9 @@ def test_an_export_is_served_with_its_proof_only(folder, change, capfd):
 
 
 def test_a_folder_that_never_was_an_export(folder):
-    launch.check_proof(str(folder), lambda line: None)
+    check_proof(str(folder), lambda line: None)
     (folder / "model.safetensors").write_bytes(b"\xff" * 100)
-    launch.check_proof(str(folder), lambda line: None)
+    check_proof(str(folder), lambda line: None)
 
 
 def test_the_verb_refuses_and_no_proof_overrides(folder, tmp_path, monkeypatch, capfd):
@@ -132,6 +133,41 @@ def test_the_verb_refuses_and_no_proof_overrides(folder, tmp_path, monkeypatch, 
         assert code == 2 and "WARNING: --no-proof" in err and "it came this far" in err
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_the_server_itself_refuses_too_however_it_is_started(folder, monkeypatch, capfd):
+    from serve.embedded import build
+
+    def far(options):
+        raise UserError("it came this far")
+
+    monkeypatch.setattr(build, "build", far)
+    monkeypatch.delenv("NO_PROOF", raising=False)
+    command = ["--model-id", str(folder), "--port", str(free_port())]
+    assert main(command) == 2 and "it came this far" in capfd.readouterr().err  # never was an export
+    mark(folder)
+    assert main(command) == 2
+    err = capfd.readouterr().err
+    assert "serve: %s: is an export of pipedock without a proof" % folder in err and err.endswith("all the same)\n")
+    assert main(command + ["--no-proof"]) == 2
+    err = capfd.readouterr().err
+    assert "WARNING: --no-proof: served although nothing proves" in err and "it came this far" in err
+    monkeypatch.setenv("NO_PROOF", "true")
+    assert main(command) == 2 and "it came this far" in capfd.readouterr().err
+    monkeypatch.delenv("NO_PROOF")
+    assert main(command + ["--proof-checked"]) == 2  # pipedock serve has done it
+    err = capfd.readouterr().err
+    assert "it came this far" in err and "WARNING" not in err
+
+
+def test_the_verb_tells_the_server_that_the_proof_was_compared(folder, tmp_path, monkeypatch, capfd):
+    instead_of_python(monkeypatch, tmp_path, 'echo "serve: $*"; exit 2')
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code, _, err = cli(capfd, "--model", str(folder), "--port", str(free_port()))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 2 and "--proof-checked" in err
 
 
 def test_engines_and_ports(folder):
