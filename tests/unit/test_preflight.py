@@ -97,6 +97,31 @@ def test_two_nodes_that_differ_and_a_blocked_port(env: Dict[str, str], tmp_path:
             assert line.startswith("pipedock preflight: 2 checks failed: same everywhere: data differs") and "Traceback" not in err
 
 
+def hostfile(tmp_path: Path, env: Dict[str, str], pdsh: str) -> List[str]:
+    """Two names of this machine, and a pdsh that does this with the command for the other one."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("pdsh", "ssh"):
+        (tools / name).write_text("#!/bin/sh\nfor last; do :; done\n%s\n" % pdsh)
+        (tools / name).chmod(0o755)
+    env["PATH"] = str(tools) + os.pathsep + env["PATH"]
+    (tmp_path / "hosts").write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
+    return ["--hostfile", str(tmp_path / "hosts"), "--master-port", str(free_port())]
+
+
+def test_a_hostfile_starts_the_others(env: Dict[str, str], tmp_path: Path) -> None:
+    arguments = hostfile(tmp_path, env, 'exec sh -c "$last"')
+    code, out, err = ended(start(env, "--no-bandwidth", "--json", "--config", config_file(tmp_path), *arguments))
+    assert code == 0, out + err
+    assert json.loads(out)["names"] == ["127.0.0.1", "localhost"] and "started on localhost by pdsh" in err
+
+
+def test_a_host_that_cannot_be_logged_in_to(env: Dict[str, str], tmp_path: Path) -> None:
+    arguments = hostfile(tmp_path, env, "echo 'Permission denied (publickey).' >&2; exit 255")
+    code, out, err = ended(start(env, "--no-bandwidth", *arguments))
+    assert code == 2 and "node 1 (localhost) cannot be logged in to: Permission denied" in err, out + err
+
+
 def test_a_machine_that_is_not_ready_is_one_json_document(env: Dict[str, str], tmp_path: Path) -> None:
     path = config_file(tmp_path)
     (tmp_path / "train.jsonl").unlink()
