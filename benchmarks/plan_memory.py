@@ -75,16 +75,16 @@ def batches(one, step):
         yield (ids, positions, torch.ones(shape, dtype=torch.int64)), ids.roll(-1, 1)
 
 
-def build(one):
+def build(one, micro_batches=MICRO_BATCHES, compiled=False):
     """A pipeline of one stage with random weights, filled on the device."""
     import torch
 
     from pipeline_train import config, engine, families
 
     run = config.parse({
-        "run": {"out": "unused"}, "model": {"path": "unused", "init": "random", "dtype": one["dtype"]},
+        "run": {"out": "unused", "compile": compiled}, "model": {"path": "unused", "init": "random", "dtype": one["dtype"]},
         "data": {"train": "unused", "seq_len": one["seq"]}, "parallel": {"pipe": 1, "recompute": one["recompute"]},
-        "batch": {"micro": one["micro"], "global": one["micro"] * MICRO_BATCHES},
+        "batch": {"micro": one["micro"], "global": one["micro"] * micro_batches},
         "optim": {"type": one["optim"], "loss_scale": {"initial": 128}},
     })  # fmt: skip
     dims = families.dims_of(one["model"])

@@ -1,0 +1,213 @@
+"""A pipeline over all GPUs of one machine against ZeRO-3 and FSDP2, and the rest of the road on them..
+
+    python benchmarks/multi_gpu.py --output rows.json                  # everything; a rehearsal on CPU processes: --cpu 2
+    python benchmarks/multi_gpu.py --output rows.json --only llama     # or several parts
+    python benchmarks/multi_gpu.py --output rows.json --minutes 9      # what does not fit into the time is said and left out
+
+llama and bloom: 7B geometry, random weights, bf16, a step of 128 rows of 1024 and of 2048 tokens. The pipeline is P = all GPUs with
+D = 1, and P = half of them with D = 2. Each is tuned first on a quarter of the rows: the peers over micro-batches of 1, 2, 4 and 8,
+with and without recomputation, FSDP2 also with weights kept whole during a step; the pipeline over what its plan lets in, with
+run.compile and without. The best is then measured on the whole step. All of it runs in multi_gpu_rank.py, which says what the peers
+are; road is multi_gpu_road.py.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+MODELS = {
+    "llama": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+              "num_attention_heads": 32, "max_position_embeddings": 4096, "tie_word_embeddings": False},
+    "bloom": {"model_type": "bloom", "vocab_size": 250880, "hidden_size": 4096, "n_layer": 30, "n_head": 32, "hidden_dropout": 0.0,
+              "attention_dropout": 0.0},
+}  # fmt: skip
+SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "n_layer": 4,
+         "num_attention_heads": 4, "n_head": 4}  # fmt: skip
+SILENT_S = 150.0  # between two rows
+
+
+class Bench:
+    """``gpus`` ranks at a time, rows into ``output``."""
+
+    def __init__(self, gpus, output, minutes, cpu):
+        self.gpus, self.output, self.cpu = gpus, output, cpu
+        self.deadline = time.monotonic() + 60 * minutes
+        self.rows = []
+        self.port = 29600
+
+    @property
+    def left(self):
+        return self.deadline - time.monotonic()
+
+    def add(self, row):
+        self.rows.append(row)
+        self.output.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
+        print(shown(row), flush=True)
+
+    def model(self, family):
+        known = MODELS[family]
+        return {key: SMALL.get(key, value) for key, value in known.items()} if self.cpu else dict(known)
+
+    def train(self, engine, family, cases, until_failure=False, positions=4096, **task):
+        """Rows of the cases, in order; after a failure the others go on in new processes, but for the hopeless ones."""
+        model = self.model(family)
+        if family == "llama":
+            model["max_position_embeddings"] = positions
+        task.update(engine=engine, model=model, cases=list(cases))
+        found = []
+        while task["cases"]:
+            if self.left < 45:
+                self.add({"engine": engine, "family": family, "skipped": len(task["cases"]), "error": "no time left"})
+                break
+            new = self._ranks(dict(task, known=found))
+            found += new
+            task["cases"] = [case for case in task["cases"][len(new) :] if not hopeless(found, case)]
+            if until_failure and "error" in new[-1]:
+                break
+
+    def _ranks(self, task):
+        """One set of processes, until they have done all cases or one has failed; -> a row for each case tried."""
+        self.port += 1
+        rows, processes = [], []
+        for rank in range(self.gpus):
+            env = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.gpus), MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=str(self.port), OMP_NUM_THREADS="8")  # fmt: skip
+            if self.cpu:
+                env.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+            log = open(str(self.output) + ".rank%d.log" % rank, "a")
+            command = [sys.executable, str(ROOT / "benchmarks" / "multi_gpu_rank.py"), json.dumps(task)]
+            processes.append(
+                subprocess.Popen(command, env=env, stdout=subprocess.PIPE if rank == 0 else log, stderr=log, text=True)
+            )
+        last, ended = [time.monotonic()], threading.Event()
+
+        def watch():
+            while not ended.wait(1.0):
+                dead = any(process.poll() not in (None, 0) for process in processes)
+                if dead or time.monotonic() - last[0] > SILENT_S or self.left < 0:
+                    time.sleep(2.0 if dead else 0.0)
+                    for process in processes:
+                        process.kill()
+                    return
+
+        threading.Thread(target=watch, daemon=True).start()
+        for line in processes[0].stdout:
+            if line.startswith("{"):
+                last[0] = time.monotonic()
+                rows.append(json.loads(line))
+                self.add(rows[-1])
+        for process in processes:
+            process.wait()
+        ended.set()
+        if len(rows) < len(task["cases"]) and not (rows and "error" in rows[-1]):
+            failed = task["cases"][len(rows)]
+            who = {"engine": task["engine"], "family": task["model"]["model_type"]}
+            rows.append(dict(failed, error="ended or silent, see the log", **who))
+            self.add(rows[-1])
+        return rows
+
+
+def shown(row):
+    if "what" in row:
+        return json.dumps(row)
+    what = "%-8s %-5s" % (row.get("engine"), row.get("family"))
+    what += "".join(
+        " %s %s" % (key, row[key]) for key in ("seq", "data", "micro", "recompute", "keep", "compile", "rows") if key in row
+    )
+    if "error" in row:
+        return "%s: %s" % (what, row["error"])
+    plan = ["%.1f" % rank["plan_gib"] for rank in row["ranks"] if "plan_gib" in rank]
+    return "%s: %.0f tokens/s, MFU %s, step %.2f s, GiB %s%s, built in %.0f s" % (
+        what, row["tokens_per_s"], "%.3f" % row["mfu"] if row["mfu"] else "-", row["step_s"], row["gib"],
+        " (plan %s)" % ", ".join(plan) if plan else "", row["built_s"],
+    )  # fmt: skip
+
+
+def hopeless(found, case):
+    """After a failure: with as many rows at once or more, and no more recomputation."""
+    if case.get("best"):
+        return not any(
+            "tokens_per_s" in row and row["seq"] == case["best"] and row.get("data") == case.get("data") for row in found
+        )
+    for row in found:
+        alike = all(row.get(key) == case.get(key) for key in ("seq", "data", "keep"))
+        if "error" in row and alike and row["micro"] <= case["micro"] and row["recompute"] in (case["recompute"], "blocks"):
+            return True
+    return False
+
+
+def compare(bench, family, batch, seqs):
+    """The pipeline, the peers, the pipeline with two replicas: tuned on a quarter of the rows, then the best on all of them."""
+    short, long = seqs
+    bench.train("pipeline", family, pipeline_cases(family, 1, short, long, batch), batch=batch, steps=1)
+    for engine in ("fsdp2", "zero3"):
+        bench.train(engine, family, peer_cases(engine, short, long, batch), batch=batch, steps=1)
+    bench.train("pipeline", family, pipeline_cases(family, 2, short, long, batch), batch=batch, steps=1)
+
+
+def pipeline_cases(family, data, short, long, batch):
+    """What may be fastest by the plan's memory; a replica's rank holds more of the model. Short rows: as many tokens at once."""
+    tried = {
+        ("llama", 1): [(4, "none", True), (2, "none", True), (4, "none", False)], ("llama", 2): [(2, "none", True)],
+        ("bloom", 1): [(2, "none", True), (2, "none", False)], ("bloom", 2): [(2, "blocks", True)],
+    }[family, data]  # fmt: skip
+    cases = [{"seq": long, "data": data, "micro": micro, "recompute": recompute, "compile": compiled, "rows": batch // 4}
+             for micro, recompute, compiled in tried]  # fmt: skip
+    return cases + [{"seq": long, "data": data, "best": long}, {"seq": short, "data": data, "best": long}]
+
+
+def peer_cases(engine, short, long, batch):
+    """Every micro-batch; recomputation where the memory it saves could be worth it."""
+    wide = [(1, "none"), (2, "none"), (4, "none"), (8, "none"), (4, "blocks"), (8, "blocks")]
+    cases = [{"seq": long, "micro": micro, "recompute": recompute} for micro, recompute in wide]
+    cases += [{"seq": short, "micro": micro, "recompute": "none"} for micro in (2, 4, 8)]
+    if engine == "fsdp2":
+        cases += [dict(case, keep=True) for case in cases if case["micro"] > 2 and case["recompute"] == "none"]
+    return [dict(case, rows=batch // 4) for case in cases] + [{"seq": long, "best": long}, {"seq": short, "best": short}]
+
+
+def longest(bench, family, batch):
+    """How long a row may be before memory ends: twice as long each time, one row a micro-batch, recomputation."""
+    seqs = (256, 512) if bench.cpu else (8192, 16384, 32768, 65536)
+    for engine in ("pipeline", "fsdp2", "zero3"):
+        cases = [{"seq": seq, "micro": 1, "recompute": "blocks", "rows": 4, "steps": 1} for seq in seqs]
+        bench.train(engine, family, [dict(case, data=1) if engine == "pipeline" else case for case in cases], batch=batch, steps=1,
+                    until_failure=True, positions=seqs[-1])  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--only", default="llama,bloom,road,longest-llama", help="parts, in this order: %(default)s")
+    parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--cpu", type=int, metavar="N", help="a rehearsal: tiny models on N CPU processes")
+    args = parser.parse_args()
+    if args.cpu:
+        gpus = args.cpu
+    else:
+        import torch
+
+        gpus = torch.cuda.device_count()
+    bench = Bench(gpus, args.output, args.minutes, bool(args.cpu))
+    for what in args.only.split(","):
+        if what == "road":
+            from benchmarks import multi_gpu_road
+
+            multi_gpu_road.road(bench)
+        elif what.startswith("longest-"):
+            longest(bench, what[len("longest-") :], 4)
+        else:
+            compare(bench, what, 64 if args.cpu else 128, (64, 128) if args.cpu else (1024, 2048))
+    return int(not bench.rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""The rest of the road on several GPUs, for multi_gpu.py: the commands a user types, on a cut of the 7B llama (two blocks, or as
+many as stages less two), with figures. Rows: {what, ...}.
+
+losses    20 steps on all GPUs as a pipeline, and on one GPU: the largest relative difference of a step's loss
+killed    a rank killed with SIGKILL at step 12 of 20: seconds until the command has ended, its exit code and last line; then
+          --resume: the largest relative difference of a step's loss from the unkilled run's
+export    the export of all ranks at the end of the training, its proof; export_from_ranks.py for the speed at 7B
+generate  DeepSpeed's tensor-parallel generation on two GPUs and on one, fp32, greedy: whether the texts are equal
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 20
+PROMPTS = ["red green blue", "the number of one is", "two three and the answer"]
+
+
+def road(bench):
+    work = bench.output.resolve().parent / "road"
+    work.mkdir(parents=True, exist_ok=True)
+    blocks = max(2, bench.gpus - 2)
+    make(work, blocks, 128 if bench.cpu else 4096)
+    environment = dict(os.environ, OMP_NUM_THREADS="1") if bench.cpu else dict(os.environ)
+    if bench.cpu:
+        environment["DS_ACCELERATOR"] = "cpu"
+    whole = losses(bench, work, environment)
+    killed(bench, work, environment, whole)
+    generate(bench, work, environment)
+    speed(bench, work, environment)
+
+
+def make(work, blocks, hidden):
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import small_llama
+
+    small_llama.write(work, hidden, blocks, 512 if hidden > 128 else 64, 400)
+
+
+def settings(bench, work, name, pipe):
+    """run.yaml of a training run; -> its path."""
+    long = 64 if bench.cpu else 512
+    document = {
+        "run": {"name": name, "out": str(work / name), "self_test": False},
+        "model": {"path": str(work / "model"), "init": "random", "dtype": "fp32" if bench.cpu else "bf16"},
+        "data": {"train": str(work / "train.jsonl"), "seq_len": long}, "parallel": {"pipe": pipe},
+        "batch": {"micro": 2, "global": 16}, "optim": {"lr": 1e-4},
+        "train": {"max_steps": STEPS, "epochs": 50, "save_every": 10, "keep": 2},
+    }  # fmt: skip
+    if name == "all":
+        document["export"] = {"dir": str(work / "export")}
+    path = work / ("%s.yaml" % name)
+    path.write_text(json.dumps(document))  # JSON is YAML
+    return path
+
+
+def command(*words):
+    return [sys.executable, str(ROOT / "pipedock.py")] + [str(word) for word in words]
+
+
+def ended(done):
+    return (done.stderr.strip().splitlines() or [""])[-1]
+
+
+def steps_of(out):
+    """step -> loss, of the last time it was done."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "step"}
+
+
+def farthest(a, b, steps):
+    missing = [step for step in steps if step not in a or step not in b]
+    return None if missing else max(abs(a[step] - b[step]) / abs(b[step]) for step in steps)
+
+
+def losses(bench, work, environment):
+    runs, rows = {}, {}
+    for name, pipe in (("all", bench.gpus), ("one", 1)):
+        began = time.monotonic()
+        done = subprocess.run(command("train", "--config", settings(bench, work, name, pipe)), env=environment, capture_output=True,
+                              text=True, check=False)  # fmt: skip
+        rows[name] = {"pipe": pipe, "code": done.returncode, "seconds": round(time.monotonic() - began, 1), "last": ended(done)}
+        if done.returncode:
+            bench.add({"what": "losses", "failed": name, "stderr": done.stderr[-2000:], **rows[name]})
+            return {}
+        runs[name] = steps_of(work / name)
+        if name == "all":
+            proof = json.loads((work / "export" / "proof.json").read_text())
+            said = [line for line in done.stderr.splitlines() if "GB/s" in line]
+            bench.add({"what": "export", "proved": proof.get("holds", proof.get("ok")), "said": said[-3:]})
+    far = farthest(runs["all"], runs["one"], range(1, STEPS + 1))
+    bench.add({"what": "losses", "runs": rows, "first": runs["all"][1], "last": runs["all"][STEPS], "farthest": far})
+    return runs["all"]
+
+
+def killed(bench, work, environment, whole):
+    path, out = settings(bench, work, "killed", bench.gpus), work / "killed"
+    process = subprocess.Popen(command("train", "--config", path), env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not ((out / "metrics.jsonl").is_file() and max(steps_of(out), default=0) >= 12):
+        time.sleep(0.1)
+    victim = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "pipeline_train.worker"], capture_output=True, text=True)
+    ranks = [int(number) for number in victim.stdout.split()]
+    began = time.monotonic()
+    if ranks:
+        os.kill(ranks[-1], signal.SIGKILL)
+    stderr = process.communicate()[1]
+    row = {"what": "killed", "ranks": len(ranks), "seconds": round(time.monotonic() - began, 2), "code": process.returncode,
+           "last": stderr.strip().splitlines()[-1]}  # fmt: skip
+    done = subprocess.run(
+        command("train", "--config", path, "--resume"), env=environment, capture_output=True, text=True, check=False
+    )
+    row.update(resumed=done.returncode, resumed_last=ended(done))
+    if done.returncode == 0 and whole:
+        row["farthest"] = farthest(steps_of(out), whole, range(1, STEPS + 1))
+    bench.add(row)
+
+
+def generate(bench, work, environment):
+    texts, row = {}, {"what": "generate"}
+    (work / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    for number in (2, 1):
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(number),
+            "--master_port",
+            str(29700 + number),
+        ]
+        done = subprocess.run(
+            launcher + ["-m", "serve.ds_generate", "--model", str(work / "export"), "--prompts", str(work / "prompts.txt"),
+                        "--max-new-tokens", "24", "--dtype", "fp32"],
+            env=environment, capture_output=True, text=True, check=False, cwd=str(ROOT),
+        )  # fmt: skip
+        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        texts[number] = [one["ids"] for one in rows]
+        row["gpus %d" % number] = {
+            "code": done.returncode,
+            "prompts": len(rows),
+            "tokens_per_s": [one["tokens_per_s"] for one in rows],
+        }
+        if done.returncode:
+            row["stderr"] = done.stderr[-1500:]
+    bench.add(dict(row, equal=bool(texts[1]) and texts[1] == texts[2]))
+
+
+def speed(bench, work, environment):
+    if bench.left < 60:
+        bench.add({"what": "export speed", "error": "no time left"})
+        return
+    path = work / "export.json"
+    words = [sys.executable, str(ROOT / "benchmarks" / "export_from_ranks.py"), "--ranks", str(bench.gpus), "--runs", "1", "--dir",
+             str(work), "--json", str(path), "--blocks", "2" if bench.cpu else "16"] + (["--cpu"] if bench.cpu else [])  # fmt: skip
+    row = {"what": "export speed"}
+    try:
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=bench.left, check=False)
+        row.update(code=done.returncode, last=ended(done))
+    except subprocess.TimeoutExpired:
+        row["error"] = "no time left"
+    rows = path.read_text().splitlines() if path.is_file() else []
+    bench.add(dict(row, rows=[json.loads(line) for line in rows]))
