@@ -26,8 +26,10 @@ def output_folder(output: str, needed: int, overwrite: bool = False) -> Iterator
 def begin(output: str, needed: int, overwrite: bool = False) -> Path:
     """Make the empty folder that ``published`` takes. Raises UserError, see ``output_folder``."""
     check_free(output, overwrite)
-    partial = partial_of(output)
+    partial, final = partial_of(output), Path(os.path.abspath(output))
     try:
+        if _old_of(final).exists() and not os.path.lexists(str(final)):  # killed between the two names of _replace
+            os.replace(str(_old_of(final)), str(final))
         partial.parent.mkdir(parents=True, exist_ok=True)
         if partial.exists():  # of a run that was killed
             shutil.rmtree(str(partial))
@@ -127,17 +129,26 @@ def _size(nbytes: int) -> str:
 def _sync(folder: Path) -> None:
     """Everything in a folder is on the disk: its name must not survive a power cut that its files do not."""
     for path in [p for p in folder.rglob("*") if p.is_file() or p.is_dir()] + [folder]:
-        number = os.open(str(path), os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    number = os.open(str(path), os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _old_of(final: Path) -> Path:
+    return final.parent / (".%s.old" % final.name)
 
 
 def _replace(partial: Path, final: Path) -> None:
-    old = final.parent / (".%s.old" % final.name)
+    old = _old_of(final)
     shutil.rmtree(str(old), ignore_errors=True)
     if final.exists():
         os.replace(str(final), str(old))
     os.replace(str(partial), str(final))
+    _sync_one(final.parent)
     shutil.rmtree(str(old), ignore_errors=True)
