@@ -108,9 +108,9 @@ def check(document: Optional[Dict[str, Any]]) -> List[Finding]:
         rows = [row for row in pairs if (row[0] == row[1]) is kind]
         usual = statistics.median(row[3] for row in rows) if rows else 0.0
         for left, right, rank, gbs in rows:
-            said = "rank %d to %d (node %d to %d): %.2f GB/s" % (rank, rank + 1, left, right, gbs)
+            said = "rank %d to %d (node %d to %d): %.3g GB/s" % (rank, rank + 1, left, right, gbs)
             if gbs * ODD < usual:
-                found.append(Finding("bandwidth", WARNING, "%s, others do %.2f" % (said, usual),
+                found.append(Finding("bandwidth", WARNING, "%s, others do %.3g" % (said, usual),
                                      "look at that cable, port or slot: ethtool, nvidia-smi topo -m", right))  # fmt: skip
             elif gbs < SLOW_GBS and not kind:
                 found.append(Finding("bandwidth", WARNING, "%s, less than 1 Gb Ethernet" % said,
@@ -127,5 +127,5 @@ def _failed(node: int, line: str) -> Finding:
 
 def _told(document: Dict[str, Any], pairs: Sequence[Any]) -> str:
     slowest, pause = min(row[3] for row in pairs), max(row[1] for row in document["neighbours"])
-    return "%s, %d ranks: neighbours at least %.2f GB/s, at most %.0f us; all-reduce %.2f GB/s" % (
+    return "%s, %d ranks: neighbours at least %.3g GB/s, at most %.0f us; all-reduce %.3g GB/s" % (
         document["backend"], len(pairs) + 1, slowest, pause, document["all_reduce"])  # fmt: skip
