@@ -17,7 +17,7 @@ from . import gpus
 from .finding import FAILURE, OK, WARNING, Facts, Finding
 
 PROBE = ["-m", "pipeline_train.preflight.probe"]
-LIMIT_S = 90.0  # for everything
+LIMIT_S, LIMIT_RANK_S = 60.0, 2.0  # for everything, and for each rank: pairs are measured one after the other
 ON_CPU = 2  # ranks of a machine that is alone, so that there is something to measure
 SLOW_GBS = 0.1  # 10^9 bytes a second: a 1 Gb Ethernet that is alone does more
 ODD = 4.0  # a pair that is so many times slower than the usual one
@@ -40,7 +40,7 @@ def measure(channel: Channel, addr: str, port: int, facts: Facts) -> Dict[str, A
     if not cards:
         env["DS_ACCELERATOR"] = "cpu"
     envs = [dict(env, RANK=str(sum(ranks[: channel.node]) + local), LOCAL_RANK=str(local)) for local in range(mine)]
-    found = run_ranks([sys.executable] + PROBE, envs, LIMIT_S)
+    found = run_ranks([sys.executable] + PROBE, envs, LIMIT_S + LIMIT_RANK_S * sum(ranks))
     rows = channel.exchange(found)
     document = dict(rows[0]["answer"] or {})
     document.update(ranks=ranks, error=[row["error"] for row in rows])

@@ -1,8 +1,9 @@
-"""What a check has found. Standard library only."""
+"""What a check has found."""
 
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from ..errors import UserError
+from ..identity import nodes
 
 OK, NOTE, WARNING, FAILURE = "ok", "note", "warning", "failure"
 Facts = Dict[str, Any]  # what facts.measure has measured of one node, as it travels
@@ -18,10 +19,6 @@ class Finding(NamedTuple):
     fix: str = ""
     node: Optional[int] = None
 
-    def line(self, names: Sequence[str]) -> str:
-        where = "" if self.node is None else "node %d (%s): " % (self.node, names[self.node])
-        return "%s%s: %s%s" % (where, self.check, self.said, "; " + self.fix if self.fix else "")
-
     def document(self) -> Dict[str, Any]:
         return dict(self._asdict())
 
@@ -30,9 +27,22 @@ class NotReady(UserError):
     """At least one check has failed; ``document`` is what --json shows."""
 
     def __init__(self, document: Dict[str, Any]) -> None:
-        failed = [Finding(**row).line(document["names"]) for row in document["findings"] if row["level"] == FAILURE]
+        failed = lines([Finding(**row) for row in document["findings"]], FAILURE, document["names"])
         super().__init__("%d %s: %s" % (len(failed), "check failed" if len(failed) == 1 else "checks failed", "; ".join(failed)))
         self.document = document
+
+
+def lines(findings: Sequence[Finding], level: str, names: Sequence[str]) -> List[str]:
+    """One for each finding of this level; what several nodes have in common is said once."""
+    shared: Dict[Finding, List[int]] = {}
+    for finding in findings:
+        if finding.level == level:
+            where = shared.setdefault(finding._replace(node=None), [])
+            where += [] if finding.node is None else [finding.node]
+    return [
+        "%s%s: %s%s" % (nodes(where, names) + ": " if where else "", one.check, one.said, "; " + one.fix if one.fix else "")
+        for one, where in shared.items()
+    ]
 
 
 def size(nbytes: Optional[int]) -> str:

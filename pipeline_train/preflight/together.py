@@ -12,7 +12,7 @@ from ..errors import RunFailed
 from ..hostfile import Host
 from ..nodes import Request, counts
 from . import bandwidth, clocks, gpus, machine, wires
-from .finding import FAILURE, OK, WARNING, Facts, Finding, NotReady, at
+from .finding import FAILURE, OK, WARNING, Facts, Finding, NotReady, at, lines
 from .need import need
 
 Say = Callable[[str], None]  # takes a line for the user
@@ -36,13 +36,12 @@ class Task(NamedTuple):
 
 
 def check_nodes(channel: Channel, task: Task, say: Say) -> Dict[str, Any]:
-    """Before a run on several nodes; all of them call it. Quick: without the bandwidth. Warnings go to ``say``; -> the document of
-    ``preflight``. Raises NotReady, a UserError with all failures in its one line, on every node."""
+    """Before a run on several nodes; all of them call it. Quick: without the bandwidth. Warnings go to ``say``, at node 0 those of
+    all nodes; -> the document of ``preflight``. Raises NotReady, a UserError with all failures in its line, on every node."""
     document = preflight(channel, task, say, measure_bandwidth=False)
     findings = [Finding(**row) for row in document["findings"]]
-    for finding in findings:
-        if finding.level == WARNING and finding.node in (None, channel.node):
-            say("preflight: %s" % finding.line(document["names"]))
+    for line in lines([one for one in findings if channel.node in (0, one.node)], WARNING, document["names"]):
+        say("preflight: %s" % line)
     say("preflight: %d checks on %d nodes passed" % (sum(f.level == OK for f in findings), channel.nodes))
     return document
 

@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from .. import network
 from ..control import Channel
 from ..errors import UserError
+from ..identity import nodes
 from .finding import FAILURE, NOTE, OK, WARNING, Facts, Finding
 
 KNOCK_S = 3.0
@@ -160,8 +161,6 @@ def check_reach(rows: Sequence[Dict[str, Any]], names: Sequence[str], addr: str,
 
 
 def _shut(target: int, callers: List[Tuple[int, str]], names: Sequence[str], where: str, rows: Sequence[Dict[str, Any]]) -> Finding:
-    from ..identity import nodes
-
     reasons = sorted({reason for _, reason in callers})
     said = "%s cannot be reached from %s: %s" % (where, nodes([node for node, _ in callers], names), "; ".join(reasons))
     source = rows[callers[0][0]]["source"]

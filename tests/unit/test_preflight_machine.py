@@ -12,7 +12,7 @@ import pytest
 
 from pipeline_train import config, families, host
 from pipeline_train.preflight import gpus, machine
-from pipeline_train.preflight.finding import FAILURE, NOTE, OK, WARNING, Finding
+from pipeline_train.preflight.finding import FAILURE, NOTE, OK, WARNING, Finding, lines
 from pipeline_train.preflight.need import need, stage_of
 from tests.models import tiny_config
 
@@ -45,7 +45,7 @@ def facts(**changed: Any) -> Dict[str, Any]:
 def only(findings: List[Finding], level: str, *words: str) -> None:
     """One finding, of this level, with all these words in it."""
     assert [finding.level for finding in findings] == [level], findings
-    line = findings[0].line("abcde")
+    [line] = lines(findings, level, "abcde")
     assert [word for word in words if word not in line] == [], line
     assert bool(findings[0].fix) or level in (OK, NOTE), "nothing said about what to do: %s" % line
 

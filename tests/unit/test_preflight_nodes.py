@@ -17,7 +17,7 @@ from pipeline_train.control import Channel
 from pipeline_train.hostfile import Host
 from pipeline_train.nodes import Request
 from pipeline_train.preflight import bandwidth, clocks, together, wires
-from pipeline_train.preflight.finding import FAILURE, NOTE, OK, WARNING, Finding, NotReady
+from pipeline_train.preflight.finding import FAILURE, NOTE, OK, WARNING, Finding, NotReady, lines
 from tests.free_port import free_port
 from tests.unit.test_preflight_machine import facts, only
 
@@ -179,7 +179,7 @@ def test_clocks(ahead: float, level: str, words: Sequence[str]) -> None:
     [samples, nothing] = on_nodes(work)
     assert nothing == []
     [finding] = clocks.check(samples)
-    assert finding.level == level and [word for word in words if word not in finding.line("ab")] == []
+    assert finding.level == level and [word for word in words if word not in lines([finding], level, "ab")[0]] == []
 
 
 def test_a_clock_that_stands_still() -> None:
@@ -293,11 +293,13 @@ def test_nodes_that_are_not_the_same_end_everywhere(tmp_path: Path, cpu: None) -
 
 
 def test_warnings_are_said_where_they_belong(tmp_path: Path, cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At node 0 those of all nodes, on the others their own."""
     monkeypatch.setattr(together.machine, "STACK_LEAST", 1 << 62)
     monkeypatch.setattr(together.machine.resource, "getrlimit", lambda number: (1 << 23, 1 << 23))
     said: List[str] = []
     checked(tmp_path, said)
-    assert len([line for line in said if line.startswith("preflight: node 0 (a): ulimit stack: 8 MiB")]) == 1, said
+    warned = sorted(line.partition("8 MiB")[0] for line in said if "ulimit stack" in line)
+    assert warned == ["preflight: node 0 (a), node 1 (b): ulimit stack: ", "preflight: node 1 (b): ulimit stack: "]
 
 
 def test_all_failures_are_in_the_one_line() -> None:
