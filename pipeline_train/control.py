@@ -28,6 +28,14 @@ class NodeGone(RunFailed):
 class Verdict(RunFailed):
     """A line that says itself where what it tells of was: the same on every node."""
 
+    everywhere = True
+
+
+class Refusal(UserError):
+    """What every node finds by itself, in the same words."""
+
+    everywhere = True
+
 
 class Channel:
     """``node``: this one, of ``nodes``; ``names``: what every node calls itself.
@@ -144,7 +152,7 @@ class Channel:
             words = self._told(self.trouble)
         if error is not None and not words:
             line = str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__)
-            line = line if isinstance(error, Verdict) else "%s: %s" % (self.named(self.node), line)
+            line = line if getattr(error, "everywhere", False) else "%s: %s" % (self.named(self.node), line)
             words = {"line": line, "user": isinstance(error, UserError)}
         for link in self.links.values():
             link.close() if link.over else link.end(words)

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 from . import identity, network, run_folder, scattered
 from .config_schema import RunConfig
-from .control import Channel
+from .control import Channel, Refusal
 from .errors import RunFailed, UserError
 from .hostfile import Host
 from .place import Node, Place
@@ -118,7 +118,7 @@ class Party:
         if leads:
             os.unlink(str(out / token))
         if len(set(sees[1:])) > 1:
-            raise UserError("run.out: %s: %s sees the folder of node 0, %s does not; let all of them see it, or none"
+            raise Refusal("run.out: %s: %s sees the folder of node 0, %s does not; let all of them see it, or none"
                             % (out, self.channel.named(sees.index(True, 1)), self.channel.named(sees.index(False)))
                             )  # fmt: skip
         self.place = self.place._replace(shared=all(sees))
@@ -142,7 +142,7 @@ class Party:
         counts = [document["gpus"] for document in self.channel.exchange({"gpus": gpus})]
         if all(counts) != any(counts):
             with_gpu = next(node for node, number in enumerate(counts) if number)
-            raise UserError("%s trains on GPUs, %s has none that torch can use: is the driver there, and the container given its "
+            raise Refusal("%s trains on GPUs, %s has none that torch can use: is the driver there, and the container given its "
                             "GPUs? DS_ACCELERATOR=cpu on every node trains on the CPUs"
                             % (self.channel.named(with_gpu), self.channel.named(counts.index(0))))  # fmt: skip
 
@@ -160,7 +160,7 @@ class Party:
 
 def refuse(differences: List[str]) -> None:
     if differences:
-        raise UserError("\n".join(differences))
+        raise Refusal("\n".join(differences))
 
 
 def wait_for(path: Path, sha256: str, hash_of: Callable[[Path], str], patience_s: float = 30.0) -> None:

@@ -26,6 +26,8 @@ class Finding(NamedTuple):
 class NotReady(UserError):
     """At least one check has failed; ``document`` is what --json shows."""
 
+    everywhere = True  # every node says the same
+
     def __init__(self, document: Dict[str, Any]) -> None:
         failed = lines([Finding(**row) for row in document["findings"]], FAILURE, document["names"])
         super().__init__("%d %s: %s" % (len(failed), "check failed" if len(failed) == 1 else "checks failed", "; ".join(failed)))
