@@ -1,7 +1,7 @@
-"""A pipeline over all GPUs of one machine against ZeRO-3 and FSDP2, and the rest of the road on them..
+"""A pipeline over all GPUs of one machine against ZeRO-3 and FSDP2, and the rest of the road on them.
 
     python benchmarks/multi_gpu.py --output rows.json                  # everything; a rehearsal on CPU processes: --cpu 2
-    python benchmarks/multi_gpu.py --output rows.json --only llama     # or several parts
+    python benchmarks/multi_gpu.py --output rows.json --only llama     # several parts: llama:pipeline+fsdp2,road
     python benchmarks/multi_gpu.py --output rows.json --minutes 9      # what does not fit into the time is said and left out
 
 llama and bloom: 7B geometry, random weights, bf16, a step of 128 rows of 1024 and of 2048 tokens. The pipeline is P = all GPUs with
@@ -31,6 +31,7 @@ MODELS = {
 }  # fmt: skip
 SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "n_layer": 4,
          "num_attention_heads": 4, "n_head": 4}  # fmt: skip
+ENGINES = ("pipeline", "fsdp2", "zero3", "pipeline2")  # pipeline2: with D = 2
 SILENT_S = 150.0  # between two rows
 
 
@@ -144,13 +145,15 @@ def hopeless(found, case):
     return False
 
 
-def compare(bench, family, batch, seqs):
-    """The pipeline, the peers, the pipeline with two replicas: tuned on a quarter of the rows, then the best on all of them."""
+def compare(bench, family, batch, seqs, wanted):
+    """The ``wanted`` engines in turn: tuned on a quarter of the rows, then the best on all of them."""
     short, long = seqs
-    bench.train("pipeline", family, pipeline_cases(family, 1, short, long, batch), batch=batch, steps=1)
-    for engine in ("fsdp2", "zero3"):
-        bench.train(engine, family, peer_cases(engine, short, long, batch), batch=batch, steps=1)
-    bench.train("pipeline", family, pipeline_cases(family, 2, short, long, batch), batch=batch, steps=1)
+    for engine in wanted:
+        if engine in ("pipeline", "pipeline2"):
+            cases = pipeline_cases(family, 2 if engine == "pipeline2" else 1, short, long, batch)
+        else:
+            cases = peer_cases(engine, short, long, batch)
+        bench.train("pipeline" if engine == "pipeline2" else engine, family, cases, batch=batch, steps=1)
 
 
 def pipeline_cases(family, data, short, long, batch):
@@ -205,7 +208,9 @@ def main():
         elif what.startswith("longest-"):
             longest(bench, what[len("longest-") :], 4)
         else:
-            compare(bench, what, 64 if args.cpu else 128, (64, 128) if args.cpu else (1024, 2048))
+            family, _, engines = what.partition(":")
+            compare(bench, family, 64 if args.cpu else 128, (64, 128) if args.cpu else (1024, 2048),
+                    engines.split("+") if engines else ENGINES)  # fmt: skip
     return int(not bench.rows)
 
 
