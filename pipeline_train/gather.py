@@ -79,7 +79,8 @@ def choose(saved: List[Dict[str, Any]], targets: Iterable[int], optimizer: bool,
             others = [node for node in targets if name in saved[node] and node not in having]
             if nowhere:
                 more = " and %d more" % (len(nowhere) - 1) if len(nowhere) > 1 else ""
-                problem = problem or "%s: %s%s: on none of the %d nodes" % (where, nowhere[0], more, len(saved))
+                problem = problem or "%s: %s%s on none of the %d nodes; name an older checkpoint" % (
+                    where, nowhere[0], more, len(saved))  # fmt: skip
             elif others:
                 problem = problem or "%s: on %s it comes from another save than on %s; move it away there" % (
                     where, named(others[0]), named(min(having)))  # fmt: skip

@@ -164,8 +164,9 @@ class _Fetch:
         self.say("%s: %s from %s" % (self.folder / name, host.size(self.document["files"][name]["size"]), self._named(node)))
 
     def _failed(self, node: int, name: str, told: bytes, code: int) -> RunFailed:
-        lines = [line for line in told.decode("utf-8", "replace").splitlines() if line.strip()]
-        reason = lines[0].strip() if lines else "ended with exit code %d" % code
+        lines = [line.strip() for line in told.decode("utf-8", "replace").splitlines() if line.strip()]
+        lines = [line for line in lines if not line.startswith("Warning: ")]  # ssh's, of a host that it did not know
+        reason = lines[0] if lines else "ended with exit code %d" % code
         if code == NO_CONNECTION:
             return RunFailed("%s cannot be reached by ssh: %s. Set its port and key in PDSH_SSH_ARGS_APPEND or ~/.ssh/config"
                              % (self._named(node), reason))  # fmt: skip

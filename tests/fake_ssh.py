@@ -20,6 +20,7 @@ while arguments and arguments[0].startswith("-"):
 host = arguments.pop(0)
 hosts = json.loads(os.environ["FAKE_HOSTS"])
 if host not in hosts:
+    sys.stderr.write("Warning: Permanently added '%s' to the list of known hosts.\n" % host)
     sys.stderr.write("ssh: connect to host %s port 22: Connection refused\n" % host)
     sys.exit(255)
 os.chdir(hosts[host])
