@@ -9,58 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.containers.compose import OWNER, Compose, needs_engine, write_run
 from tests.free_port import free_port
 
-ROOT = Path(__file__).resolve().parents[2]
-OWNER = 1234  # of the folders: what containers write must belong to whoever owns them
-
-pytestmark = [
-    pytest.mark.containers,
-    pytest.mark.skipif(os.environ.get("PIPEDOCK_CONTAINERS") != "1", reason="needs a Docker engine: ci/containers.sh starts one"),
-]
-
-
-class Compose:
-    """``docker compose`` in the repository's root, with data, models, runs and exports of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.env = dict(os.environ, COMPOSE_PROJECT_NAME="pipedock-test-%d" % os.getpid(), PIPEDOCK_PORT=str(self.port))
-        for name in ("data", "models", "runs", "exports"):
-            (folder / name).mkdir()
-            self.env[name.upper() + "_DIR"] = str(folder / name)
-            if os.getuid() == 0:
-                os.chown(folder / name, OWNER, OWNER)
-        self.env.pop("HF_HOME", None)
-
-    def __call__(self, *args: str, timeout: int = 900, ok: bool = True) -> str:
-        done = subprocess.run(
-            ["docker", "compose", *args], cwd=ROOT, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, timeout=timeout,
-        )  # fmt: skip
-        assert not ok or done.returncode == 0, "docker compose %s\n%s" % (" ".join(args), done.stdout[-6000:])
-        return done.stdout
-
-    def owners(self, name: str) -> set:
-        return {p.lstat().st_uid for p in (self.folder / name).rglob("*")}
+pytestmark = needs_engine
 
 
 @pytest.fixture(scope="module")
 def compose(tmp_path_factory):
     road = Compose(tmp_path_factory.mktemp("compose"))
     yield road
-    road("down", "--volumes", "--timeout", "5", ok=False)
+    road.down()
 
 
 @pytest.fixture(scope="module")
-def built(compose):
-    compose("build", "train", "serve", timeout=1800)
-    return compose
-
-
-@pytest.fixture(scope="module")
-def trained(built):
-    return built, built("up", "--no-color", "train")
+def trained(images, compose):
+    return compose, compose("up", "--no-color", "train")
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +70,8 @@ def test_train_again_says_that_it_is_finished(trained):
 def test_a_run_yaml_of_the_users_own_is_taken(trained, request):
     """RUN_CONFIG is relative to the repository's root. Refused by pipedock itself, before anything trains."""
     road = trained[0]
-    path = ROOT / "build" / ("run-%d.yaml" % os.getpid())
-    path.parent.mkdir(exist_ok=True)
-    request.addfinalizer(path.unlink)
-    path.write_text("run: {out: runs/mine}\nmodel: {path: models/none}\ndata: {train: data/example.jsonl}\nparallel: {pipe: 2}\n")
-    road.env["RUN_CONFIG"] = str(path.relative_to(ROOT))
+    text = "run: {out: runs/mine}\nmodel: {path: models/none}\ndata: {train: data/example.jsonl}\nparallel: {pipe: 2}\n"
+    road.env["RUN_CONFIG"] = write_run(request, "mine", text)
     try:
         log = road("run", "--rm", "train", ok=False)
     finally:
@@ -141,8 +102,7 @@ def test_the_server_stops_within_its_grace(served):
     begin = time.monotonic()
     served("stop", "serve")
     assert time.monotonic() - begin < 30
-    container = json.loads(served("ps", "--all", "--format", "json", "serve").splitlines()[0])
-    assert container["ExitCode"] == 0
+    assert served.state("serve")["ExitCode"] == 0
 
 
 def test_the_image_is_a_drop_in_for_the_tgi_container(served):
