@@ -86,7 +86,10 @@ class Remote(NamedTuple):
         last, python = self.last_line(), os.path.basename(_python())
         ssh = " ".join(["ssh"] + _ssh_options() + [self.host.name])
         if code == NO_LOGIN:
-            return "cannot be logged in to: %s. `%s true` must work without a password" % (last or "ssh has failed", ssh)
+            return "cannot be logged in to: %s. `%s true` must work without a password" % (
+                last.rstrip(".") or "ssh has failed",
+                ssh,
+            )
         if code == NO_FOLDER:
             return "has no folder %s, from where this command was started; make it the same there" % os.getcwd()
         if code == NO_PYTHON:
@@ -144,9 +147,8 @@ class Remotes:
         there = "sh -c " + shlex.quote(script)
         if tool == "ssh":
             return ["ssh"] + _ssh_options() + shlex.split(SSH_OPTIONS) + [host.name, there], dict(os.environ)
-        appended = " ".join(_ssh_options() + shlex.split(SSH_OPTIONS))
         env = dict(os.environ, PDSH_RCMD_TYPE="ssh")
-        env[SSH_ARGS] = appended
+        env[SSH_ARGS] = ("%s %s" % (os.environ.get(SSH_ARGS, ""), SSH_OPTIONS)).strip()
         return ["pdsh", "-S", "-N", "-w", host.name, there.replace("%", "%%")], env
 
     def check(self) -> None:

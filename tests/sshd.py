@@ -1,4 +1,5 @@
-"""An sshd of our own on the loopback interface, with its own keys, for whoever runs the test; nothing of the system's is touched."""
+"""An sshd of our own on the loopback interface, with its own keys, for whoever runs the test; nothing of the
+system's is touched."""
 
 import os
 import shutil

@@ -1,5 +1,5 @@
-"""How several launchers become one run: the command line, who gets which ranks, one folder or many, and every refusal. Threads on the
-loopback interface for nodes."""
+"""How several launchers become one run: the command line, who gets which ranks, one folder or many, and every refusal. Threads
+on the loopback interface for nodes."""
 
 import os
 import threading
@@ -51,9 +51,9 @@ def test_every_node_gets_as_many_ranks_or_its_slots():
 
 
 @pytest.mark.parametrize("world, count, slots, message", [
-    (3, 2, None, "parallel: pipe x data needs 3 processes, which 2 nodes cannot share equally. Change --nodes or parallel, or give a "
-                 "hostfile with 3 slots in all"),
-    (8, 2, (6, 3), "h:2: box1 has slots=3, but parallel: pipe x data needs 8 processes, 4 on each of 2 nodes. Raise the slots or lower"),
+    (3, 2, None, "parallel: pipe x data needs 3 processes, which 2 nodes cannot share equally. Change --nodes or parallel, or give "
+                 "a hostfile with 3 slots in all"),
+    (8, 2, (6, 3), "h:2: box1 has slots=3, but parallel: pipe x data needs 8 processes, 4 on each of 2 nodes. Raise the slots"),
 ])  # fmt: skip
 def test_ranks_that_cannot_be_shared_out(world, count, slots, message):
     with pytest.raises(UserError) as error:
