@@ -1,5 +1,5 @@
-"""Starting launchers on other hosts: what travels, by which tool, and every way in which a host cannot take part. A script stands for
-ssh; tests/integration/nodes_ssh_lane.py has real ones."""
+"""Starting launchers on other hosts: what travels, by which tool, and every way in which a host cannot take part. A script stands
+for ssh; tests/integration/nodes_ssh_lane.py has real ones."""
 
 import os
 import shlex
@@ -152,9 +152,7 @@ def test_no_ssh_at_all(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError) as error:
         remote.Remotes(HOSTS, [], 1, tmp_path, print).start()
-    assert str(error.value).startswith(
-        "hosts:2: names 2 machines, but this one has no ssh. Install openssh-client, or start every node"
-    )
+    assert str(error.value).startswith("hosts:2: names 2 machines, but this one has no ssh. Install openssh-client, or start")
 
 
 def test_logs_that_cannot_be_written(tmp_path, tools):

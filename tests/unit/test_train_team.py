@@ -122,7 +122,8 @@ def test_a_wish_to_save_of_another_node_comes_to_node_0(tmp_path):
 
 
 def test_a_rank_that_fails_on_another_node_is_the_cause_not_the_echo_here(tmp_path):
-    body = "others()\nif rank == 2: error('disk full.')\nif rank == 0: time.sleep(0.2); error('Connection closed by peer')\ntime.sleep(60)"
+    body = "others()\nif rank == 2: error('disk full.')\n"
+    body += "if rank == 0: time.sleep(0.2); error('Connection closed by peer')\ntime.sleep(60)"
     lines = Run(tmp_path, body).end()
     assert lines == ["Verdict: rank 2 on node 1 (b): disk full. Log: b:%s" % (tmp_path / "b" / "rank_2.log"),
                      "RunFailed: rank 2 on node 1 (b): disk full. Log: b:%s" % (tmp_path / "b" / "rank_2.log")]  # fmt: skip
