@@ -140,17 +140,20 @@ def _same_everywhere(args: argparse.Namespace) -> List[str]:
     return found + (["--allow-changed-data"] if args.allow_changed_data else [])
 
 
-def check(party: Any, prepared: Any) -> None:
-    """The preflight of a run on several nodes; nothing on one machine. Raises NotReady."""
+def check(party: Any, config: Any, prepared: Any = None) -> None:
+    """The preflight of a run on several nodes: of the machines, and again once it is prepared; nothing on one machine. Raises
+    NotReady."""
     if party is None:
         return
-    from pipeline_train.preflight import Task, check_nodes
+    from pipeline_train.preflight import Task, check_nodes, check_run
 
     place, request = party.place, party.request
-    check_nodes(party.channel, Task(
-        request.addr, request.port, len(place.ranks), place.ranks[0], prepared.config, prepared=not place.shared,
-        shared=place.shared, resumed=prepared.resume is not None,
-    ), say)  # fmt: skip
+    task = Task(request.addr, request.port, len(place.ranks), place.ranks[0], config, world=place.world)
+    if prepared is None:
+        check_nodes(party.channel, task, say)
+        return
+    resumed = prepared.resume is not None
+    check_run(party.channel, task._replace(prepared=not place.shared, shared=place.shared, resumed=resumed), say)
 
 
 def team(party: Any) -> Tuple[Any, Optional[Dict[str, str]]]:

@@ -55,6 +55,7 @@ def _train(loaded: Any, args: argparse.Namespace, party: Any, host: Any) -> Dict
     from pipeline_train.report import Keeper
 
     leads = party is None or party.place.node == 0
+    together.check(party, loaded)
     if leads:
         exporting.check_before(loaded, args.resume is not None)
     prepared = prepare(loaded, Path(args.config), args.resume, say, args.allow_changed_data, party, host)
@@ -65,7 +66,7 @@ def _train(loaded: Any, args: argparse.Namespace, party: Any, host: Any) -> Dict
         done = {"out": out, "steps": prepared.done, "checkpoint": str(prepared.resume), "finished": True}
         done.update(loss_first=None, loss_last=None, seconds=0.0, tokens=0, peak_gib=[])
         return dict(done, **_export(prepared, party, False))
-    together.check(party, prepared)
+    together.check(party, prepared.config, prepared)
     selftest_run.once(prepared, say, party.place.node if party is not None else 0)
     parallel = prepared.config.parallel
     say("%s: steps %d to %d, %d stages x %d replicas, layers per stage %s, %s on %s" % (

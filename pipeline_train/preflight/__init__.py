@@ -9,6 +9,6 @@ A check is a function from facts, as they are measured and travel, to findings.
 """
 
 from .finding import Finding, NotReady
-from .together import Task, allotted, alone, check_nodes, meet, preflight
+from .together import Task, allotted, alone, check_nodes, check_run, meet, preflight
 
-__all__ = ["Finding", "NotReady", "Task", "allotted", "alone", "check_nodes", "meet", "preflight"]
+__all__ = ["Finding", "NotReady", "Task", "allotted", "alone", "check_nodes", "check_run", "meet", "preflight"]

@@ -4,7 +4,7 @@ import re
 import resource
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 from .. import compat, host
 from ..errors import UserError
@@ -88,7 +88,7 @@ def check_shm(facts: Facts) -> List[Finding]:
 def check_limits(facts: Facts) -> List[Finding]:
     """ulimits: pinned memory, stack, open files."""
     limits, gpu = facts["limits"], bool(facts["gpus"]["cards"])
-    world = (facts["need"] or {}).get("world") or facts["ranks"] or 1
+    world = facts["world"] or facts["ranks"] or 1
     files = FILES_BASE + FILES_PER_RANK * world
     least = {"memlock": MEMLOCK_LEAST, "stack": STACK_LEAST, "nofile": files}
     severe = {"memlock": facts["infiniband"] and gpu, "stack": False, "nofile": True}
@@ -173,6 +173,10 @@ def check_files(facts: Facts) -> List[Finding]:
     return found
 
 
+def check_run(facts: Facts) -> List[Finding]:
+    """Room for the run's checkpoints and memory, and its files."""
+    return check_disk(facts) + check_memory(facts) + check_files(facts)
+
+
 def check(facts: Facts) -> List[Finding]:
-    checks: List[Any] = [check_versions, check_shm, check_limits, check_disk, check_memory, check_files]
-    return [finding for one in checks for finding in one(facts)]
+    return check_versions(facts) + check_shm(facts) + check_limits(facts) + check_run(facts)

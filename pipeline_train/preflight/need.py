@@ -16,7 +16,7 @@ SURE = 0.9  # of what plan expects: below that it does not fit, whatever plan is
 def need(run: RunConfig, dims: Dims, raw: Dict[str, Any], cuda: bool, first: int, ranks: int) -> Dict[str, Any]:
     """Of the node that has ``ranks`` ranks from ``first`` on, in bytes: {"gpu": of each rank's card, or None, "host": of the CPU's
     memory at least, "copy": of it, for saves behind the next steps, "checkpoint": one of them, "checkpoints": how many are on the
-    disk at most, "world": processes of the run}. ``raw``: the model's config.json."""
+    disk at most}. ``raw``: the model's config.json."""
     run = _filled(run, dims, raw, cuda)
     stack = "pinned" if compat.release(compat.versions()["torch"] or "0") < (2,) else "current"
     stages = plan.memory_of(run, dims, stack)
@@ -27,7 +27,7 @@ def need(run: RunConfig, dims: Dims, raw: Dict[str, Any], cuda: bool, first: int
     return {
         "gpu": [int((SURE * row["total"] + context) * GIB) for row in mine] if cuda else None, "host": 0 if cuda else states,
         "copy": saved if run.train.async_save else 0, "checkpoint": checkpoint_folder.nbytes(dims, run.optim.type),
-        "checkpoints": run.train.keep + 1, "world": run.world,
+        "checkpoints": run.train.keep + 1,
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from ..errors import RunFailed
 from ..hostfile import Host
 from ..nodes import Request, counts
 from . import bandwidth, clocks, gpus, machine, wires
-from .finding import FAILURE, OK, WARNING, Facts, Finding, NotReady, at, lines
+from .finding import FAILURE, NOTE, OK, WARNING, Facts, Finding, NotReady, at, lines
 from .need import need
 
 Say = Callable[[str], None]  # takes a line for the user
@@ -23,7 +23,7 @@ class Task(NamedTuple):
 
     ``ranks``: processes on this node, the first of them ``first``; None: as many as it has GPUs. ``run``: None where only the
     machines are looked at. ``prepared``: its data is encoded, in run.out. ``shared``: run.out is one folder that all nodes see.
-    ``resumed``: the weights are a checkpoint's."""
+    ``resumed``: the weights are a checkpoint's. ``world``: all processes, where ``run`` does not say it."""
 
     addr: Optional[str] = None
     port: int = 29500
@@ -33,17 +33,31 @@ class Task(NamedTuple):
     prepared: bool = False
     shared: bool = False
     resumed: bool = False
+    world: Optional[int] = None
 
 
-def check_nodes(channel: Channel, task: Task, say: Say) -> Dict[str, Any]:
-    """Before a run on several nodes; all of them call it. Quick: without the bandwidth. Warnings go to ``say``, at node 0 those of
-    all nodes; -> the document of ``preflight``. Raises NotReady, a UserError with all failures in its line, on every node."""
-    document = preflight(channel, task, say, measure_bandwidth=False)
+def check_nodes(channel: Channel, task: Task, say: Say) -> None:
+    """The first thing of a run on several nodes; all of them call it. The machines and what is between them, in seconds: neither
+    bandwidth nor ``task.run``. Warnings go to ``say``, at node 0 those of all nodes. Raises NotReady, a UserError with all failures
+    in its line, on every node."""
+    _tell(preflight(channel, task._replace(run=None), say, measure_bandwidth=False), channel.node, say)
+
+
+def check_run(channel: Channel, task: Task, say: Say) -> None:
+    """When ``task.run`` is prepared; all nodes call it. Is it the same everywhere, and is there room for it? Otherwise like
+    ``check_nodes``."""
+    rows = channel.exchange({"facts": measure(task), "identity": _identity(task, say)})
+    everyone = [row["facts"] for row in rows]
+    findings = [finding for node, row in enumerate(everyone) for finding in at(node, machine.check_run(row) + gpus.check(row))]
+    findings += check_identity([row["identity"] for row in rows], channel.names)
+    _tell(judged(findings, channel.names, everyone), channel.node, say)
+
+
+def _tell(document: Dict[str, Any], node: int, say: Say) -> None:
     findings = [Finding(**row) for row in document["findings"]]
-    for line in lines([one for one in findings if channel.node in (0, one.node)], WARNING, document["names"]):
+    for line in lines([one for one in findings if node in (0, one.node)], WARNING, document["names"]):
         say("preflight: %s" % line)
-    say("preflight: %d checks on %d nodes passed" % (sum(f.level == OK for f in findings), channel.nodes))
-    return document
+    say("preflight: passed: %s" % ", ".join(dict.fromkeys(one.check for one in findings if one.level in (OK, NOTE))))
 
 
 def preflight(channel: Channel, task: Task, say: Say, measure_bandwidth: bool = True) -> Dict[str, Any]:
@@ -93,7 +107,13 @@ def measure(task: Task) -> Facts:
     run = task.run
     facts = machine.measure(Path(run.run.out) if run is not None else None)
     facts.update(
-        name=os.uname().nodename, gpus=gpus.measure(), network=wires.measure(task.addr), ranks=task.ranks, need=None, files={}
+        name=os.uname().nodename,
+        gpus=gpus.measure(),
+        network=wires.measure(task.addr),
+        ranks=task.ranks,
+        need=None,
+        files={},
+        world=run.world if run is not None else task.world,
     )
     if run is None:
         return facts

@@ -35,7 +35,7 @@ def facts(**changed: Any) -> Dict[str, Any]:
         "memory": {"available": 100 * GIB, "limit": None}, "infiniband": False, "container": False,
         "disk": {"path": "runs/x", "size": 900 * GIB, "free": 800 * GIB}, "ranks": 2, "files": {},
         "gpus": {"cards": [card(0), card(1)], "torch": 2, "error": "", "cpu": False, "no_cpu": ""},
-        "need": {"gpu": [40 * GIB, 40 * GIB], "host": 0, "copy": 20 * GIB, "checkpoint": 80 * GIB, "checkpoints": 4, "world": 2},
+        "need": {"gpu": [40 * GIB, 40 * GIB], "host": 0, "copy": 20 * GIB, "checkpoint": 80 * GIB, "checkpoints": 4}, "world": 2,
     }  # fmt: skip
     for key, value in changed.items():
         good[key] = dict(good[key], **value) if isinstance(value, dict) and isinstance(good[key], dict) else value
@@ -91,7 +91,7 @@ def test_limits() -> None:
     only(machine.check_limits(dict(low, container=True)), WARNING, "--ulimit memlock=-1")
     only(machine.check_limits(facts(limits={"memlock": [8 * MIB, 8 * MIB]}, gpus={"cards": []})), OK, "memlock 8 MiB")
     only(machine.check_limits(facts(limits={"stack": [MIB, None]})), WARNING, "ulimit stack: 1 MiB", "ulimit -s 65536")
-    few = facts(limits={"nofile": [1024, 4096]}, need={"world": 64})
+    few = facts(limits={"nofile": [1024, 4096]}, world=64)
     only(machine.check_limits(few), FAILURE, "ulimit nofile: 1024", "64 processes need about 1536", "ulimit -n 65536")
     only(machine.check_limits(facts(limits={"nofile": [1024, 4096]})), OK, "nofile 1024")
 
@@ -250,7 +250,7 @@ def test_what_a_run_takes_of_a_node() -> None:
     dims = families.dims_of(raw)
     run = run_of()
     first, second = need(run, dims, raw, True, 0, 2), need(run, dims, raw, True, 2, 2)
-    assert first["world"] == 4 and first["checkpoints"] == 4 and first["checkpoint"] == second["checkpoint"] > 0
+    assert first["checkpoints"] == 4 and first["checkpoint"] == second["checkpoint"] > 0
     assert len(first["gpu"]) == 2 and first["gpu"][0] == first["gpu"][1] > GIB, "two replicas of a stage"
     cpu = need(run, dims, raw, False, 0, 4)
     assert cpu["gpu"] is None and cpu["host"] > need(run, dims, raw, False, 0, 2)["host"] > 0
