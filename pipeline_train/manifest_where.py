@@ -17,7 +17,7 @@ from .errors import UserError
 from .manifest_values import short
 
 NODE = "node"
-BRING = "pipedock gather --input %s --hostfile F; without ssh, on every node, with --nodes N --node-rank R --master-addr A%s"
+TOGETHER = "--nodes N --node-rank R --master-addr A"  # options of gather, on every node
 
 
 def of(nodes: List[str], files: Dict[str, List[int]]) -> Dict[str, Any]:
@@ -63,7 +63,8 @@ def absent(folder: Path, document: Dict[str, Any]) -> List[str]:
 
 def bring(path: Path, everywhere: bool = False) -> str:
     """The command that brings what is missing. ``everywhere``: not to node 0 alone."""
-    return BRING % (path, " --everywhere" if everywhere else "")
+    everywhere_too = " --everywhere" if everywhere else ""
+    return "pipedock gather --input %s --hostfile F; without ssh, on every node, with %s%s" % (path, TOGETHER, everywhere_too)
 
 
 def require(folder: Path, document: Dict[str, Any], names: Iterable[str], everywhere: bool = False) -> None:

@@ -74,8 +74,9 @@ def find_together(exchange: Exchange, place: Place, out: Path, resume: Optional[
         say("passed over: node %d (%s): %s" % (node, place.nodes[node].name, problems[node]))
     told = "; ".join("node %d (%s) has %s" % (number, place.nodes[number].name, _steps(saved))
                      for number, saved in enumerate(everyone))  # fmt: skip
-    raise UserError("%s: --resume: no checkpoint is whole on every node: %s. Where a node has lost its own, bring it back: %s. "
-                    "Or give run.out another folder." % (out, told, manifest_where.bring(out, everywhere=True)))  # fmt: skip
+    raise UserError("%s: --resume: no checkpoint is whole on every node: %s. What others have of it comes back by "
+                    "pipedock gather --input %s --everywhere %s, on every node. Or give run.out another folder."
+                    % (out, told, out, manifest_where.TOGETHER))  # fmt: skip
 
 
 def _has(step: int, everyone: List[List[Saved]], place: Place) -> str:

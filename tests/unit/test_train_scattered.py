@@ -281,7 +281,8 @@ def test_none_on_every_node_is_refused_with_what_each_has(monkeypatch, tmp_path)
     shutil.rmtree(str(cluster.outs[1] / "checkpoints"))
     for line in find(cluster, "auto"):
         assert "--resume: no checkpoint is whole on every node: node 0 (a) has steps 4, 2; node 1 (b) has none." in line
-        assert "bring it back: pipedock gather --input" in line and "--everywhere. Or give run.out another folder." in line
+        assert "comes back by pipedock gather --input" in line
+        assert "--everywhere --nodes N --node-rank R --master-addr A, on every node. Or give run.out another folder." in line
 
 
 def test_one_that_is_not_whole_anywhere_twice_is_refused(monkeypatch, tmp_path):
