@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, List, Optional
 
 from pipeline_train import manifest
@@ -13,6 +14,7 @@ from pipeline_train.weights.writing import Item, TensorFile
 from . import sidecars
 from .aside import output_folder
 from .measure import Meter, Progress
+from .threads import in_turn
 
 SHORT = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
@@ -33,13 +35,18 @@ def from_hf(input: str, output: str, progress: Optional[Progress] = None) -> Dic
     dtype, mixed = main_dtype([item for items in layers for item in items])
     files: Dict[str, Any] = {}
     with output_folder(output, meter.total) as folder:
-        for layer, items in enumerate(layers):
+
+        def one(layer: int) -> Dict[str, Any]:
             path = folder / manifest.layer_file(layer)
-            with TensorFile(path, items, hashed=True) as writer:
-                for item in items:
+            with TensorFile(path, layers[layer], hashed=True) as writer:
+                for item in layers[layer]:
                     writer.write(item.name, source.pieces(layer, item.name))
                     meter.add(item.nbytes)
-            files[path.name] = writer.entry
+            return {path.name: writer.entry}
+
+        with ThreadPoolExecutor(source.threads) as pool:
+            for entry in in_turn(pool, one, range(len(layers))):
+                files.update(entry)
         shutil.copyfile(str(source.folder / "config.json"), str(folder / "config.json"))
         for name in ["config.json"] + sidecars.copy(source.folder, folder):
             files[name] = manifest.file_entry(folder / name)

@@ -13,34 +13,24 @@ import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Deque, Dict, List, NamedTuple, Tuple
+from typing import Any, Deque, Dict, List, Tuple
 
-import torch
 import torch.distributed as dist
 
 from pipeline_train import families, manifest
 from pipeline_train.errors import RunFailed, UserError
-from pipeline_train.proof import MARK
 from pipeline_train.weights import open_source
 from pipeline_train.weights.files import SafetensorsFile
-from pipeline_train.weights.writing import Item, bytes_of, header_of
 
-from . import aside, bins, targets
-from .shards import SHARD_SIZE, parse_size, plan
-from .to_hf import Shard, cast, export_items, finish, items_of
+from . import aside, bins, placed, targets
+from .placed import Spot
+from .shards import SHARD_SIZE, Shard, parse_size, plan
+from .to_hf import cast, export_items, finish, items_of
 
 WRITE = "export.from_ranks:write"  # what the ranks call when they have trained
 PIECE = 1 << 24  # elements rounded and written at once
 WRITERS = 2  # threads of each rank that write while the next pieces are rounded
 SEEN_S = 10.0  # for a folder that rank 0 has made to be seen by the others
-
-
-class Spot(NamedTuple):
-    """Where a tensor lies: its file, and the first byte there."""
-
-    file: str
-    start: int
-    item: Item
 
 
 def write(pipe: Any) -> Dict[str, Any]:
@@ -63,7 +53,7 @@ def write_to(pipe: Any, output: str, target: str, shard_size: str) -> Dict[str, 
                 aside.abandon(output)
             return {"not_shared": blind}
         _agree(lambda: (folder / token).unlink() if leads else None)
-        nbytes = sum(_agree(lambda: _write_mine(pipe, folder, spots(shards))))
+        nbytes = sum(_agree(lambda: _write_mine(pipe, folder, placed.spots(shards))))
         if targets.needs_bins(wanted, family):
             _agree(lambda: _write_bins(folder, shards))
     except RunFailed:
@@ -101,25 +91,11 @@ def text_of(written: Dict[str, Any]) -> str:
     )
 
 
-def spots(shards: List[Shard]) -> Dict[Tuple[int, str], Spot]:
-    """(layer, slot name) -> where it lies."""
-    found = {}
-    for name, items in shards:
-        start = len(header_of(items, MARK))
-        for item in items:
-            found[item.source] = Spot(name, start, item)
-            start += item.nbytes
-    return found
-
-
 def _make(output: str, shards: List[Shard]) -> str:
     """The folder aside, and every file of weights in it: header, and the size that it will have. -> the name of one more file,
     which is there only now."""
     folder = aside.begin(output, sum(item.nbytes for _, items in shards for item in items), overwrite=True)
-    for name, items in shards:
-        with open(str(folder / name), "wb") as file:
-            file.write(header_of(items, MARK))
-            file.truncate(file.tell() + sum(item.nbytes for item in items))
+    placed.make(folder, shards)
     token = uuid.uuid4().hex
     (folder / token).touch()
     return token
@@ -138,7 +114,7 @@ def _sees(path: Path) -> bool:
 def _write_mine(pipe: Any, folder: Path, places: Dict[Tuple[int, str], Spot]) -> int:
     """All values that this rank holds, to their places and onto the disk; -> bytes."""
     files: Dict[str, int] = {}
-    under_way: Deque[Future[None]] = collections.deque()
+    under_way: Deque[Future[int]] = collections.deque()
     nbytes = 0
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(WRITERS))
@@ -152,7 +128,7 @@ def _write_mine(pipe: Any, folder: Path, places: Dict[Tuple[int, str], Spot]) ->
                     stack.callback(os.close, files[file])
                 data = cast(values, item.dtype, item.name).cpu()
                 place = start + first * data.element_size()
-                under_way.append(pool.submit(_put, files[file], place, data))
+                under_way.append(pool.submit(placed.put, files[file], place, data))
                 nbytes += data.numel() * data.element_size()
                 if len(under_way) > 2 * WRITERS:
                     under_way.popleft().result()
@@ -163,13 +139,6 @@ def _write_mine(pipe: Any, folder: Path, places: Dict[Tuple[int, str], Spot]) ->
             os.fsync(number)
             pipe.watched.pulse.tick("saving")
     return nbytes
-
-
-def _put(file: int, place: int, data: torch.Tensor) -> None:
-    left = bytes_of(data)
-    while left:
-        done = os.pwrite(file, left, place)
-        left, place = left[done:], place + done
 
 
 def _write_bins(folder: Path, shards: List[Shard]) -> None:

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+import threading
 import time
 from typing import Callable, Dict, Optional
 
@@ -20,16 +21,17 @@ def peak_gib() -> float:
 
 
 class Meter:
-    """Counts the bytes written and tells ``progress`` after each tensor."""
+    """Counts the bytes written and tells ``progress`` after each tensor. For several threads."""
 
     def __init__(self, total: int, progress: Optional[Progress] = None) -> None:
-        self.total, self.done = total, 0
+        self.total, self.done, self._lock = total, 0, threading.Lock()
         self._progress, self._start = progress, time.perf_counter()
 
     def add(self, nbytes: int) -> None:
-        self.done += nbytes
-        if self._progress is not None:
-            self._progress(self.done, self.total)
+        with self._lock:
+            self.done += nbytes
+            if self._progress is not None:
+                self._progress(self.done, self.total)
 
     def figures(self) -> Dict[str, float]:
         """{"bytes", "seconds", "gb_per_s", "peak_gib"} so far."""

@@ -9,11 +9,12 @@ from pipeline_train.errors import UserError
 from pipeline_train.weights.files import WIDTHS
 from pipeline_train.weights.writing import Item
 
+Shard = Tuple[str, List[Item]]  # its file's name, its tensors in order
 SHARD_SIZE = "5GB"  # unless somebody says otherwise
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def plan(items: List[Item], limit: int) -> List[Tuple[str, List[Item]]]:
+def plan(items: List[Item], limit: int) -> List[Shard]:
     """[(file name, its items)]: shards of at most ``limit`` bytes (one larger tensor makes a shard of its own), in order.
 
     Inside a shard wide dtypes come first, so that every tensor is aligned to its own width.
@@ -32,7 +33,7 @@ def plan(items: List[Item], limit: int) -> List[Tuple[str, List[Item]]]:
     return [("model-%05d-of-%05d.safetensors" % (n + 1, len(shards)), shard) for n, shard in enumerate(shards)]
 
 
-def write_index(folder: Path, planned: List[Tuple[str, List[Item]]]) -> None:
+def write_index(folder: Path, planned: List[Shard]) -> None:
     """model.safetensors.index.json, when there is more than one shard."""
     if len(planned) == 1:
         return

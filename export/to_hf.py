@@ -1,28 +1,28 @@
 """Pipeline weights -> a Hugging Face folder that ``from_pretrained`` just loads, streamed one tensor at a time."""
 
 import contextlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 
 from pipeline_train import manifest
 from pipeline_train.errors import RunFailed, UserError
 from pipeline_train.families import Dims, ModelFamily
-from pipeline_train.proof import MARK
 from pipeline_train.weights import Source, open_source, same_bits
 from pipeline_train.weights.files import NAMES, TORCH_DTYPES
-from pipeline_train.weights.writing import Item, TensorFile
+from pipeline_train.weights.writing import Item
 
-from . import aside, bins, card, sidecars, targets
+from . import aside, bins, card, placed, sidecars, targets
 from .from_hf import SHORT, main_dtype, versions
 from .measure import Meter, Progress
-from .shards import SHARD_SIZE, parse_size, plan, write_index
+from .shards import SHARD_SIZE, Shard, parse_size, plan, write_index
 from .targets import Target
+from .threads import in_turn
 
 DTYPES = {short: name for name, short in SHORT.items()}  # "bf16" -> "BF16"
-Shard = Tuple[str, List[Item]]  # its file's name, its tensors in order
 
 
 def to_hf(
@@ -56,9 +56,7 @@ def to_hf(
     meter = Meter(sum(item.nbytes for item in items), progress)
     about = about_of(source, wanted, items)
     with aside.output_folder(output, meter.total, overwrite) as folder, _checked(source, wanted) as check:
-        for name, shard in shards:
-            check()
-            _write_shard(folder / name, shard, source, meter)
+        _write(folder, shards, source, meter, check)
         if targets.needs_bins(wanted, source.family):
             for name, shard in bins.plan(shards):
                 bins.write(folder / name, shard, lambda item: _pieces(source, item))
@@ -92,31 +90,39 @@ def about_of(source: Source, target: Target, items: List[Item]) -> Dict[str, Any
 
 @contextlib.contextmanager
 def _checked(source: Source, target: Target) -> Iterator[Callable[[], None]]:
-    """Read a folder with a manifest in a thread of its own, while it is written: hashes, tied copies. What is wrong is raised by
+    """Read a folder with a manifest in threads of their own, while it is written: hashes, tied copies. What is wrong is raised by
     the function that is yielded, at the latest at the end, when the output has no name yet. Hashing takes as long as writing."""
     if source.manifest is None:
         yield lambda: None
         return
 
-    layers = {name: entry for name, entry in source.manifest["files"].items() if name.endswith(".safetensors")}
-    others = {name: entry for name, entry in source.manifest["files"].items() if name not in layers}
-    manifest.check_hashes(source.folder, dict(source.manifest, files=others))
+    files = source.manifest["files"]
+    layers = [name for name in files if name.endswith(".safetensors")]
+    rest = {name: entry for name, entry in files.items() if name not in layers}
+    manifest.check_hashes(source.folder, dict(source.manifest, files=rest))
 
-    def content() -> None:
-        manifest.check_hashes(source.folder, dict(source.manifest or {}, files=layers), optimizer=False)
-        again = open_source(str(source.folder))  # a source is not shared between threads
-        again.check_tied()
-        check_head(again, target)
+    def hashed(name: str) -> None:
+        manifest.check_hashes(source.folder, dict(source.manifest or {}, files={name: files[name]}), optimizer=False)
 
-    with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(content)
+    def ties() -> None:
+        source.check_tied()
+        check_head(source, target)
+
+    with ThreadPoolExecutor(source.threads) as pool:
+        jobs = [pool.submit(ties)] + [pool.submit(hashed, name) for name in layers]
 
         def check() -> None:
-            if done.done():
-                done.result()
+            for job in jobs:
+                if job.done():
+                    job.result()
 
-        yield check
-        done.result()
+        try:
+            yield check
+            for job in jobs:
+                job.result()
+        finally:
+            for job in jobs:
+                job.cancel()
 
 
 def check_head(source: Source, target: Target) -> None:
@@ -166,11 +172,24 @@ def step_of(source: Source) -> Optional[int]:
     return source.manifest["step"] if source.manifest is not None else None
 
 
-def _write_shard(path: Path, shard: List[Item], source: Source, meter: Meter) -> None:
-    with TensorFile(path, shard, more=MARK) as writer:
-        for item in shard:
-            writer.write(item.name, _pieces(source, item))
-            meter.add(item.nbytes)
+def _write(folder: Path, shards: List[Shard], source: Source, meter: Meter, check: Callable[[], None]) -> None:
+    """All files of weights, several tensors at a time, each in pieces."""
+    placed.make(folder, shards)
+    with contextlib.ExitStack() as stack:
+        files = {name: os.open(str(folder / name), os.O_WRONLY) for name, _ in shards}
+        for number in files.values():
+            stack.callback(os.close, number)
+
+        def one(spot: placed.Spot) -> None:
+            check()
+            place = spot.start
+            for piece in _pieces(source, spot.item):
+                place = placed.put(files[spot.file], place, piece)
+            meter.add(spot.item.nbytes)
+
+        pool = stack.enter_context(ThreadPoolExecutor(source.threads))
+        in_turn(pool, one, placed.spots(shards).values())
+        in_turn(pool, os.fsync, files.values())
 
 
 def _pieces(source: Source, item: Item) -> Iterator[torch.Tensor]:

@@ -8,6 +8,7 @@ ignorable keys. Kinds of source:
     checkpoint  layer files written by training (a run folder means its newest complete checkpoint)
 """
 
+import os
 import re
 from itertools import zip_longest
 from pathlib import Path
@@ -18,12 +19,13 @@ import torch
 from .. import families, manifest, manifest_where
 from ..errors import RunFailed, UserError
 from ..families import ParamSlot
-from .files import Entry, open_file, wrong_dtype
+from .files import Entry, SafetensorsFile, open_file, wrong_dtype
 from .hub import resolve
 from .shards import first_file, hf_keys
 
 __all__ = ["Entry", "Source", "find_folder", "open_source", "resolve", "same_bits"]
 
+MOST_THREADS = 4  # that read, round and write one model: more do not make a disk faster
 SHOWN = 5  # names listed in one message
 
 
@@ -78,6 +80,12 @@ class Source:
         first = None if self.manifest is not None else first_file(self.folder)
         return {place.file.path.name for place in self._places.values()} | ({first} if first else set())
 
+    @property
+    def threads(self) -> int:
+        """How many may read at once: the files of .bin are opened one after the other."""
+        plain = all(isinstance(place.file, SafetensorsFile) for place in self._places.values())
+        return min(MOST_THREADS, os.cpu_count() or 1) if plain else 1
+
     def check(self) -> None:
         """Every key is there, none is extra, shapes and dtypes are right; reads no weights. Raises UserError naming what is not."""
         missing = [
@@ -109,7 +117,7 @@ class Source:
         return tensor
 
     def pieces(self, layer: int, name: str) -> Iterator[torch.Tensor]:
-        """The same values, flat, 16 Mi elements at a time. Compares no tied copies: ``check_tied`` does."""
+        """The same values, flat, 4 Mi elements at a time. Compares no tied copies: ``check_tied`` does."""
         place = self._place(layer, name)
         self._check_shape(place, self._entry_of(place).shape)
         return self._file(place).pieces(place.key)

@@ -18,7 +18,7 @@ from ..errors import UserError
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of one element
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-PIECE = 2**24  # elements of one read where a whole tensor need not be in memory
+PIECE = 2**22  # elements of one read where a whole tensor need not be in memory
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
@@ -49,27 +49,33 @@ class SafetensorsFile:
     def read(self, name: str) -> torch.Tensor:
         """A tensor of this file with memory of its own. Raises UserError for a dtype that is no weight's."""
         begin, end = self._spans[name]
-        return self._read(name, begin, end).reshape(self.entries[name].shape)
+        self._check_dtype(name)
+        return self._read_into(torch.empty(end - begin, dtype=torch.uint8), name, begin).reshape(self.entries[name].shape)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """The same values, flat, in pieces of PIECE elements (the last one shorter)."""
+        """The same values, flat, in pieces of PIECE elements (the last one shorter). Each lies in the memory of the one before:
+        it holds until the next one is asked for."""
         begin, end = self._spans[name]
-        step = PIECE * WIDTHS.get(self.entries[name].dtype, 1)
+        self._check_dtype(name)
+        step = PIECE * WIDTHS[self.entries[name].dtype]
+        buffer = torch.empty(min(step, end - begin), dtype=torch.uint8)
         for start in range(begin, end, step):
-            yield self._read(name, start, min(start + step, end))
+            yield self._read_into(buffer[: min(step, end - start)], name, start)
 
-    def _read(self, name: str, begin: int, end: int) -> torch.Tensor:
+    def _check_dtype(self, name: str) -> None:
         dtype = self.entries[name].dtype
         if dtype not in TORCH_DTYPES:
             raise wrong_dtype(self.path, name, dtype)
-        raw = torch.empty(end - begin, dtype=torch.uint8)
+
+    def _read_into(self, raw: torch.Tensor, name: str, begin: int) -> torch.Tensor:
+        """Fill bytes from position ``begin`` of the data on; -> them as values."""
         try:
             with open(str(self.path), "rb", buffering=0) as file:
                 file.seek(self._data + begin)
                 _read_into(file, memoryview(raw.numpy()), self.path)  # type: ignore[arg-type]
         except OSError as error:
             raise UserError("%s: cannot be read: %s" % (self.path, error.strerror)) from None
-        return raw.view(TORCH_DTYPES[dtype])
+        return raw.view(TORCH_DTYPES[self.entries[name].dtype])
 
     def close(self) -> None:
         """Nothing is held between reads."""

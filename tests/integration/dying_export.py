@@ -3,19 +3,19 @@
 import os
 import signal
 
-from export import from_ranks
+from export import from_ranks, placed
 
 CALL = __name__ + ":write"
-put, calls = from_ranks._put, []
+put, calls = placed.put, []
 
 
 def some(file, place, data):
     calls.append(place)
     if len(calls) > 4:
         os.kill(os.getpid(), signal.SIGKILL)
-    put(file, place, data)
+    return put(file, place, data)
 
 
 def write(pipe):
-    from_ranks._put = some
+    placed.put = some
     return from_ranks.write(pipe)

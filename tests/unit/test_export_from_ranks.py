@@ -74,7 +74,7 @@ def test_a_short_write_is_gone_on_with(tmp_path, monkeypatch):
         return pwrite(file, data[: max(1, len(data) // 2)], place)
 
     export(Trained(), tmp_path / "whole")
-    monkeypatch.setattr(from_ranks.os, "pwrite", some)
+    monkeypatch.setattr(os, "pwrite", some)
     export(Trained(), tmp_path / "halves")
     assert len(calls) > 100
     for path in (tmp_path / "whole/.model.partial").iterdir():
@@ -85,7 +85,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     def full(file, data, place):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(from_ranks.os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", full)
     assert refused(Trained(), tmp_path) == "export: rank 0: writing failed: No space left on device"
 
 

@@ -132,15 +132,14 @@ def test_outputs_that_are_refused(tmp_path):
 KILLED = """
 import os, sys
 sys.path.insert(0, %r)
-from export import to_hf
-from pipeline_train.weights.writing import TensorFile
-write, written = TensorFile.write, []
-def dies(self, name, pieces):
+from export import placed, to_hf
+put, written = placed.put, []
+def dies(file, place, data):
     if len(written) == int(sys.argv[3]):
         os.kill(os.getpid(), 9)
-    written.append(name)
-    write(self, name, pieces)
-TensorFile.write = dies
+    written.append(place)
+    return put(file, place, data)
+placed.put = dies
 to_hf.to_hf(sys.argv[1], sys.argv[2], shard_size="60KB", overwrite=True)
 """
 
