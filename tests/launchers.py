@@ -18,10 +18,13 @@ QUICK = QUICK % str(Path(__file__).resolve().parents[1]) + "sys.exit(pipedock.ma
 class Nodes:
     """``folders``: run.out of each node, by number; the same one more than once is a shared disk. ``own``: node -> arguments."""
 
+    started = []  # all of them, for kill_all
+
     def __init__(self, root, folders, *arguments, own=None, quick=False):
         self.root, self.folders = root, [root / name for name in folders]
         port = free_pair()
         self.processes = []
+        self.started.append(self)
         for node, out in enumerate(self.folders):
             line = command("--config", str(root / "run.yaml"), "--set", "run.out=%s" % out, *arguments, *(own or {}).get(node, ()))
             line += [
@@ -39,7 +42,7 @@ class Nodes:
                 self.processes.append(subprocess.Popen(line, stdout=said, stderr=said, env=ENV))
 
     def _said(self, node):
-        return self.root / ("said_%d.txt" % node)
+        return self.root / ("said_%s_%d.txt" % (self.folders[0].name, node))
 
     def said(self, node):
         return self._said(node).read_text()
@@ -50,9 +53,13 @@ class Nodes:
     def until(self, ready):
         """Wait until ``ready()``; no node may have ended."""
         deadline = time.monotonic() + START_S
-        while not ready():
-            assert all(p.poll() is None for p in self.processes) and time.monotonic() < deadline, self.all_said()
-            time.sleep(0.01)
+        try:
+            while not ready():
+                assert all(p.poll() is None for p in self.processes) and time.monotonic() < deadline, self.all_said()
+                time.sleep(0.01)
+        except BaseException:
+            self.kill()
+            raise
         return self
 
     def until_saved(self, number):
@@ -85,6 +92,12 @@ class Nodes:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
+
+    @classmethod
+    def kill_all(cls):
+        """Of a test that has failed."""
+        while cls.started:
+            cls.started.pop().kill()
 
     def all_said(self):
         return "\n".join("---- node %d\n%s" % (node, self.said(node)[-2500:]) for node in range(len(self.processes)))

@@ -15,6 +15,13 @@ from tests.runs import lines_of, make, saved, train
 LONG = ("--set", "train.epochs=200")
 
 
+@pytest.fixture(autouse=True)
+def none_left():
+    """No launcher outlives its test."""
+    yield
+    Nodes.kill_all()
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A finished run on one node in root/out, and one of two replicas in root/four."""
@@ -61,7 +68,8 @@ def test_a_signal_to_one_node_saves_and_stops_all_and_resume_goes_on(root):
 
 
 def test_a_wish_to_save_reaches_all_ranks_from_any_node(root):
-    nodes = Nodes(root, ["usr_a", "usr_b"], *LONG, "--set", "train.save_every=100000").until(lambda: steps(nodes) >= 1)
+    nodes = Nodes(root, ["usr_a", "usr_b"], *LONG, "--set", "train.save_every=100000")
+    nodes.until(lambda: steps(nodes) >= 1)
     for wishes, node in enumerate((1, 0, 1), 1):
         nodes.send(node, signal.SIGUSR1)
         nodes.until(lambda wanted=wishes: len(saves(nodes)) == wanted)

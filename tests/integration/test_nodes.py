@@ -11,6 +11,13 @@ from tests.launchers import Nodes, same_run
 from tests.runs import make, train
 
 
+@pytest.fixture(autouse=True)
+def none_left():
+    """No launcher outlives its test."""
+    yield
+    Nodes.kill_all()
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A finished run on one node in root/out: two stages, so that each node can have one."""
