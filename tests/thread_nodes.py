@@ -111,6 +111,9 @@ class Cluster:
             (out / "resolved" / "model").mkdir(parents=True, exist_ok=True)
             (out / "resolved" / "model" / "config.json").write_text(json.dumps(tiny_config("llama", **DIMS)))
 
+    def facts(self, rank):
+        return {"data": "d"}
+
     def place(self, node):
         return place_of(node, self.names, self.world, self.shared)
 
@@ -122,7 +125,7 @@ class Cluster:
         node = self.place(0).node_of(rank)
         self.together.join(rank, self.place(node))
         pipe = pipe_of(rank, self.axes, self.pipe, self.data, **train)
-        saver, said = checkpoint.Saver(pipe, self.outs[node], {"data": "d"}), []
+        saver, said = checkpoint.Saver(pipe, self.outs[node], self.facts(rank)), []
         for step in steps:
             pipe.set(step)
             saver.save(step)

@@ -65,6 +65,15 @@ def test_each_node_has_the_files_its_ranks_wrote_and_the_same_manifest(monkeypat
     assert where["files"][manifest.optim_file(4)] == [1] and where["files"]["config.json"] == [0, 1]
 
 
+def test_what_a_node_knows_of_itself_does_not_part_the_manifests(monkeypatch, tmp_path):
+    """Each node has prepared for itself."""
+    cluster = Cluster(monkeypatch, tmp_path)
+    monkeypatch.setattr(cluster, "facts", lambda rank: {"data": "d", "now": "2024-05-01T10:00:0%d" % rank})
+    cluster.save([2])
+    texts = [(checkpoint.folder(out, 2) / manifest.NAME).read_bytes() for out in cluster.outs]
+    assert texts[0] == texts[1] and b"10:00:00" in texts[0]
+
+
 def test_replicas_on_several_nodes_write_their_stage_on_each(monkeypatch, tmp_path):
     cluster = Cluster(monkeypatch, tmp_path, axes=("data", "pipe"), pipe=2, data=2)
     writing = []
