@@ -108,7 +108,8 @@ def test_a_node_that_is_killed_is_named_and_both_go_on_where_they_were(alone, br
     assert SAVE_EVERY <= before < STEPS
     up(bridge)
     assert finished(bridge) == [0, 0], [road("logs", "train")[-3000:] for road in bridge]
-    assert re.search(r"resum|continu|goes on|from step", bridge[0]("logs", "--no-color", "train"))
+    begun = re.search(r"steps (\d+) to %d" % STEPS, bridge[0]("logs", "--no-color", "train"))
+    assert begun and int(begun.group(1)) > SAVE_EVERY, "it goes on where the last checkpoint was"
     assert losses(bridge[0]) == losses(alone)
     assert (bridge[0].folder / "runs/example/checkpoints/latest").read_text().strip() == "step_%06d" % STEPS
     assert all({1234 if os.getuid() == 0 else os.getuid()} == road.owners("runs") for road in bridge)
