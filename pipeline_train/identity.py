@@ -148,7 +148,8 @@ def _line(keys: List[str], documents: Sequence[Dict[str, str]], names: Sequence[
     for value, numbers in holders.items():
         plain = value if kind in ("versions", "config") or value == MISSING else value[:12]
         said.append("%s on %s" % ("not there" if value == MISSING else plain[:60], nodes(numbers, names)))
-    return "%s differs between the nodes: %s%s: %s; %s" % (kind, ", ".join(bare[:SHOWN]), more, ", ".join(said), ADVICE[kind])
+    verb = "differ" if kind.endswith("s") else "differs"
+    return "%s %s between the nodes: %s%s: %s; %s" % (kind, verb, ", ".join(bare[:SHOWN]), more, ", ".join(said), ADVICE[kind])
 
 
 def nodes(numbers: Sequence[int], names: Sequence[str]) -> str:

@@ -52,7 +52,7 @@ def test_nodes_with_the_same_at_other_places_agree(tmp_path: Path) -> None:
     ({"lr": 2e-5}, ["config differs", "optim.lr: 1e-05 on node 0 (a), 2e-05 on node 1 (b)", "same run.yaml"]),
     ({"data": "[]\n"}, ["data differs", "train:", "on node 1 (b)", "give every node the same file"]),
     ({"encoded": "abd"}, ["data differs", "encoded/train: abc on node 0 (a), abd on node 1 (b)"]),
-    ({"weights": "Weights"}, ["weights differs", "model.safetensors", "on node 1 (b)", "rsync -a model.path"]),
+    ({"weights": "Weights"}, ["weights differ between the nodes: ", "model.safetensors", "on node 1 (b)", "rsync -a model.path"]),
 ])  # fmt: skip
 def test_what_differs_is_named(tmp_path: Path, changed: Dict[str, Any], words: List[str]) -> None:
     [line] = identity.differences([a_node(tmp_path / "a"), a_node(tmp_path / "b", **changed)], ["a", "b"])
@@ -72,7 +72,7 @@ def test_many_files_and_many_nodes_are_one_line() -> None:
     same = {"weights/%d" % number: "0" * 64 for number in range(20)}
     other = {"weights/%d" % number: "1" * 64 for number in range(20)}
     [line] = identity.differences([same] + 9 * [other], list("abcdefghij"))
-    assert "weights differs between the nodes: 0, 1, 10 and 17 more" in line
+    assert "weights differ between the nodes: 0, 1, 10 and 17 more" in line
     assert "node 1 (b), node 2 (c), node 3 (d) and 6 more" in line
     missing, changed = identity.differences([same, dict(other, **{"weights/0": identity.MISSING})], ["a", "b"])
     assert "0: 000000000000 on node 0 (a), not there on node 1 (b)" in missing and "1, 10, 11 and 16 more" in changed

@@ -8,7 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import pytest
 
@@ -242,9 +242,9 @@ def test_ranks_that_fail_or_hang_are_ended(tmp_path: Path) -> None:
     assert "cannot be started" in bandwidth.run_ranks(["/no/such"], envs, 1.0)["error"]
 
 
-def make_run(root: Path, data: str = "{}\n") -> config.RunConfig:
+def make_run(root: Path, data: str = "{}\n", weights: str = "w") -> config.RunConfig:
     """A run.yaml's files in ``root``, its data encoded."""
-    for path, text in {"train.jsonl": data, "out/data/train.json": '{"hash": "h"}', "model/model.safetensors": "w",
+    for path, text in {"train.jsonl": data, "out/data/train.json": '{"hash": "h"}', "model/model.safetensors": weights,
                        "model/config.json": json.dumps({"model_type": "llama", "hidden_size": 8, "intermediate_size": 16,
                                                         "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64,
                                                         "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
@@ -262,17 +262,29 @@ def cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def checked(tmp_path: Path, said: List[str], **changed: Any) -> List[Any]:
+def checked(tmp_path: Path, said: List[str], task: Optional[Dict[str, Any]] = None, **changed: Any) -> List[Any]:
     """As train calls it, on two nodes with files of their own; ``changed``: node 1's. -> None or the error of each."""
     port = free_port()
 
     def work(channel: Channel) -> Any:
         run = make_run(tmp_path / str(channel.node), **(changed if channel.node else {}))
-        task = preflight.Task(HERE, port, ranks=1, first=channel.node, run=run, prepared=True)
-        preflight.check_nodes(channel, task, said.append)
-        preflight.check_run(channel, task, said.append)
+        asked = preflight.Task(HERE, port, ranks=1, first=channel.node, run=run, prepared=True)._replace(**(task or {}))
+        if asked.shared and channel.node:
+            (tmp_path / "1" / "train.jsonl").unlink()
+        preflight.check_nodes(channel, asked, said.append)
+        preflight.check_run(channel, asked, said.append)
 
     return on_nodes(work)
+
+
+def test_a_shared_run_needs_its_data_on_node_0_only(tmp_path: Path, cpu: None) -> None:
+    assert checked(tmp_path, [], {"shared": True, "prepared": False}) == [None, None]
+
+
+def test_a_resume_reads_no_weights(tmp_path: Path, cpu: None) -> None:
+    first, second = checked(tmp_path, [], weights="v")
+    assert str(first) == str(second) and "weights differ between the nodes: model.safetensors" in str(first)
+    assert checked(tmp_path, [], {"resumed": True}, weights="v") == [None, None]
 
 
 def test_nodes_that_are_ready(tmp_path: Path, cpu: None) -> None:
