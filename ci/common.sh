@@ -45,3 +45,12 @@ apt_install() {
 free_port() {
   "${1:-python3}" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
+
+# python_of VERSION [NAME]: a Python of that version with venv on standard output: NAME, or else pyenv's, or what the system has.
+python_of() {
+  local name
+  for name in ${2:-"${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python "python$1" python3}; do
+    "$name" -c "import ensurepip, sys, venv; sys.exit('%d.%d' % sys.version_info[:2] != '$1')" 2>/dev/null && command -v "$name" && return
+  done
+  return 1
+}

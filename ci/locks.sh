@@ -11,14 +11,6 @@ set -euo pipefail
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 
-python_of() { # 3.8
-  local name
-  for name in "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python "python$1" python3; do
-    "$name" -c "import ensurepip, sys, venv; sys.exit('%d.%d' % sys.version_info[:2] != '$1')" 2>/dev/null && command -v "$name" && return
-  done
-  return 1
-}
-
 install_lock() { # STACK PYTHON CONSTRAINTS OTHER_PYTHON CODE
   local dir=$WORK/$1 release
   local -a python=("$dir/bin/python")
@@ -39,19 +31,19 @@ if [ "${1:-}" = --write ]; then
 fi
 
 declare -A JOBS=()
-begin() { # STACK ARGUMENTS of install_lock
+begin() { # STACK VERSION NAME, then install_lock's
   local python
-  python=$(python_of "$2") || {
+  python=$(python_of "$2" "$3") || {
     say "locks: images/$1/lock.txt NOT installed, no Python $2 is here"
     return 0
   }
-  install_lock "$1" "$python" "${@:3}" >"$WORK/$1.log" 2>&1 &
+  install_lock "$1" "$python" "${@:4}" >"$WORK/$1.log" 2>&1 &
   JOBS[$1]=$!
 }
 
-begin cpu 3.11 constraints-current.txt "$VENV/bin/python" \
+begin cpu 3.11 '' constraints-current.txt "$VENV/bin/python" \
   'import deepspeed, transformers, starlette, sentencepiece, google.protobuf, pyarrow; import pipeline_train.loop, export, serve.embedded'
-begin cu116 3.8 constraints-pinned.txt "${PIPEDOCK_PINNED_VENV:-$ROOT/.venv-pinned}/bin/python" \
+begin cu116 3.8 "${PIPEDOCK_PINNED_PYTHON:-}" constraints-pinned.txt "${PIPEDOCK_PINNED_VENV:-$ROOT/.venv-pinned}/bin/python" \
   'import deepspeed, transformers, sentencepiece, google.protobuf, pyarrow, lion_pytorch; import pipeline_train.loop, export'
 
 "$VENV/bin/python" "$ROOT/ci/lock.py" "$TOOLS/uv" check

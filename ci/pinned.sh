@@ -12,16 +12,6 @@ CONSTRAINTS=$ROOT/ci/constraints-pinned.txt
 STAMP=$PINNED/pipedock-installed
 LOG=$PINNED/install.log
 
-# pyenv's, or the one a base image brings.
-find_python() {
-  local name
-  for name in ${PIPEDOCK_PINNED_PYTHON:-"${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.8.*/bin/python python3.8 python3}; do
-    "$name" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 8))' 2>/dev/null && command -v "$name" && return
-  done
-  say "pinned: SKIPPED, no Python 3.8 with venv is here (pyenv install 3.8, or PIPEDOCK_PINNED_PYTHON)"
-  exit 77
-}
-
 # What the installation depends on: another answer means install again.
 identity() {
   { echo "$ROOT"; "$PINNED/bin/python" -V; cat "$ROOT/pyproject.toml" "$CONSTRAINTS" "$ROOT"/ci/{pinned.sh,install_torch.py}; } | sha256sum
@@ -43,7 +33,10 @@ install() {
   identity >"$STAMP"
 }
 
-PYTHON=$(find_python)
+PYTHON=$(python_of 3.8 "${PIPEDOCK_PINNED_PYTHON:-}") || {
+  say "pinned: SKIPPED, no Python 3.8 with venv is here (pyenv install 3.8, or PIPEDOCK_PINNED_PYTHON)"
+  exit 77
+}
 [ -f "$STAMP" ] && [ "$(identity)" = "$(cat "$STAMP")" ] || install
 # The other stack, for tests/integration/test_two_stacks.py; without it they are skipped.
 [ ! -x "$VENV/bin/pipedock" ] || export PIPEDOCK_OTHER_PYTHON=$VENV/bin/python

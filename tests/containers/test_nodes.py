@@ -1,5 +1,6 @@
 """Several nodes for real: containers on one bridge network, each with its own filesystem; and the shipped file on this host."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,7 +8,7 @@ import time
 
 import pytest
 
-from tests.containers.compose import ROOT, Compose, needs_engine, write_run
+from tests.containers.compose import OWNER, ROOT, Compose, needs_engine, write_run
 from tests.free_port import free_port
 
 pytestmark = needs_engine
@@ -88,35 +89,42 @@ def finished(nodes, timeout=240):
     return [road.ended("train", timeout) for road in nodes]
 
 
+def kill(nodes, victim, step):
+    """Once every node has that step's checkpoint; the other one must end by itself and say who is gone."""
+    end = time.monotonic() + 240
+    manifest = "runs/example/checkpoints/step_%06d/manifest.json" % step
+    while not all((road.folder / manifest).exists() for road in nodes):
+        assert time.monotonic() < end and nodes[0].state("train")["State"] == "running", nodes[0]("logs", "train")
+        time.sleep(0.1)
+    subprocess.run(["docker", "kill", nodes[victim].state("train")["ID"]], check=True, capture_output=True, timeout=60)
+    killed, other = time.monotonic(), nodes[1 - victim]
+    assert other.ended("train", 90) == 1
+    assert time.monotonic() - killed < 60
+    said = other("logs", "--no-color", "train")
+    assert re.search(r"node %d \(node%d\)[^\n]*(died|gone|lost|closed|silent)" % (victim, victim), said), said[-3000:]
+    assert "Traceback" not in said
+    assert step <= len(losses(nodes[0])) < STEPS
+
+
 def test_a_node_that_is_killed_is_named_and_both_go_on_where_they_were(alone, bridge):
-    """Without ssh. The curve, cut in the middle, is that of one container."""
+    """Without ssh; first the one, then node 0. The curve, cut twice, is that of one container."""
     for rank, road in enumerate(bridge):
         road.env.update(NODES="2", NODE_RANK=str(rank), MASTER_ADDR="node0")
     up(bridge)
-    end = time.monotonic() + 240
-    while not all((road.folder / "runs/example/checkpoints/step_000004/manifest.json").exists() for road in bridge):
-        assert time.monotonic() < end and bridge[0].state("train")["State"] == "running", bridge[0]("logs", "train")
-        time.sleep(0.1)
-    subprocess.run(["docker", "kill", bridge[1].state("train")["ID"]], check=True, capture_output=True, timeout=60)
-    killed = time.monotonic()
-    assert bridge[0].ended("train", 90) == 1
-    assert time.monotonic() - killed < 60
-    said = bridge[0]("logs", "--no-color", "train")
-    assert re.search(r"node 1 \(node1\)[^\n]*(died|gone|lost|closed|silent|end)", said), said[-3000:]
-    assert "Traceback" not in said
-    before = len(losses(bridge[0]))
-    assert SAVE_EVERY <= before < STEPS
+    kill(bridge, 1, SAVE_EVERY)
+    up(bridge)
+    kill(bridge, 0, 2 * SAVE_EVERY)
     up(bridge)
     assert finished(bridge) == [0, 0], [road("logs", "train")[-3000:] for road in bridge]
     begun = re.search(r"steps (\d+) to %d" % STEPS, bridge[0]("logs", "--no-color", "train"))
-    assert begun and int(begun.group(1)) > SAVE_EVERY, "it goes on where the last checkpoint was"
+    assert begun and int(begun.group(1)) > 2 * SAVE_EVERY, "it goes on where the last checkpoint was"
     assert losses(bridge[0]) == losses(alone)
     assert (bridge[0].folder / "runs/example/checkpoints/latest").read_text().strip() == "step_%06d" % STEPS
-    assert all({1234 if os.getuid() == 0 else os.getuid()} == road.owners("runs") for road in bridge)
+    assert all({OWNER if os.getuid() == 0 else os.getuid()} == road.owners("runs") for road in bridge)
 
 
 def test_by_ssh_and_a_hostfile(alone, bridge):
-    """Keys are made at compose time; sshd runs where it was asked for; pdsh starts the other node's ranks."""
+    """Keys are made at compose time; sshd runs where it was asked for; pdsh starts the other node's ranks, gather gets its files."""
     first, second = bridge
     first("run", "--rm", "keys")
     keys = first.folder / "cluster/ssh"
@@ -134,6 +142,13 @@ def test_by_ssh_and_a_hostfile(alone, bridge):
     scattered = [{p.name for p in (road.folder / "runs/example/checkpoints").glob("step_%06d/*" % STEPS)} for road in bridge]
     assert scattered[0] and scattered[1] and scattered[0] != scattered[1], "each node has written its own part"
     assert "Accepted publickey for pipedock" in second("logs", "--no-color", "sshd")
+    missing = first("run", "--rm", "export", ok=False)
+    assert "node1" in missing and "pipedock gather" in missing and "Traceback" not in missing, missing
+    assert not (first.folder / "exports/current").exists()
+    gather = ["pipedock", "gather", "--input", "runs/example", "--hostfile", "cluster/hostfile"]
+    first("run", "--rm", "--no-deps", "train", *gather)
+    first("run", "--rm", "export")
+    assert json.loads((first.folder / "exports/example/proof.json").read_text())["holds"] is True
 
 
 def test_a_stranger_does_not_get_in(images, bridge):
