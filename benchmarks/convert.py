@@ -4,12 +4,14 @@
 
 Makes a synthetic bf16 model of that many blocks of the 7B size (bloom: hidden 4096, vocabulary 250880, tied; llama: 11008, 32000),
 then in a process of its own each: cp, from-hf, to-hf, and, with --verify, verify layer by layer. Removes what it made.
-Peak memory is VmHWM of the process less that of one which only imports the same libraries.
+Peak memory is VmHWM of the process less that of one which only imports the same libraries. A tied head is read once and written
+twice, and a conversion also hashes what it writes (from-hf) or reads (to-hf): cpu_s says what that costs on a busy machine.
 """
 
 import argparse
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -36,12 +38,12 @@ CONFIGS: Dict[str, Dict[str, Any]] = {
         "tie_word_embeddings": False, "torch_dtype": "bfloat16",
     },
 }  # fmt: skip
-CALL = "import sys; sys.path.insert(0, %r); from export.measure import peak_gib; from export.from_hf import from_hf; " % str(
-    ROOT
-) + (
-    "from export.to_hf import to_hf; from export.verify import verify; import time, json; start = time.perf_counter(); %s; "
-    "print(json.dumps([time.perf_counter() - start, peak_gib()]))"
-)
+CALL = "; ".join((
+    "import sys; sys.path.insert(0, %r)" % str(ROOT),
+    "import json, time; from export.measure import peak_gib; from export.from_hf import from_hf; from export.to_hf import to_hf",
+    "from export.verify import verify; start, cpu = time.perf_counter(), time.process_time(); %s",
+    "print(json.dumps([time.perf_counter() - start, peak_gib(), time.process_time() - cpu]))",
+))  # fmt: skip
 NOISE = torch.empty(1 << 22).normal_(generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
 
 
@@ -64,12 +66,11 @@ def make(folder: Path, family_name: str, blocks: int) -> int:
 
 
 def measured(call: str) -> List[float]:
-    """[seconds, peak GiB] of a call in a process of its own."""
+    """[seconds, peak GiB, CPU seconds] of a call in a process of its own."""
     done = subprocess.run([sys.executable, "-c", CALL % call], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
-    seconds, peak = json.loads(done.stdout.strip().splitlines()[-1])
-    return [seconds, peak]
+    return list(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def size(folder: Path) -> int:
@@ -86,20 +87,22 @@ def bench(work: Path, args: argparse.Namespace) -> List[Dict[str, Any]]:
         ("from-hf", "from_hf(%r, %r)" % (str(model), str(work / "layers")), model),
         ("to-hf", "to_hf(%r, %r)" % (str(work / "layers"), str(work / "x")), work / "layers"),
     ):
-        start = time.perf_counter()
+        start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         if call is None:
             subprocess.run(["cp", "-r", str(model), str(work / "copy")], check=True)
             os.sync()
             seconds, peak = time.perf_counter() - start, idle
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
             shutil.rmtree(str(work / "copy"))
         else:
-            seconds, peak = measured(call)
+            seconds, peak, cpu = measured(call)
         read = size(source)
         rows.append(dict(what, what=name, seconds=round(seconds, 2), gb_per_s=round(read / 1e9 / seconds, 3),
-                         peak_gib_over_imports=round(peak - idle, 2)))  # fmt: skip
+                         cpu_s=round(cpu, 2), peak_gib_over_imports=round(peak - idle, 2)))  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
     if args.verify:
-        seconds, peak = measured("verify(%r, %r, whole=False)" % (str(work / "layers"), str(work / "x")))
+        seconds, peak, _ = measured("verify(%r, %r, whole=False)" % (str(work / "layers"), str(work / "x")))
         rows.append(
             dict(what, what="verify, layer by layer", seconds=round(seconds, 2), peak_gib_over_imports=round(peak - idle, 2))
         )

@@ -1,8 +1,8 @@
 """One rank of a real pipeline that trains, saves and exports, case after case; run by test_export_from_ranks.py.
 
 Reads FOLDER/cases.json: [{"name", "run": <run.yaml as a dictionary>, "exports": [[target, shard size], ...]}, ...]. Leaves
-FOLDER/<name>/checkpoints, what from_ranks.write_to leaves for FOLDER/<name>/<target>-<shard size>/model, and rank 0's
-FOLDER/<name>/written.json.
+FOLDER/<name>/checkpoints, rank 0's FOLDER/<name>/written.json, and what from_ranks.write_to leaves for
+FOLDER/<name>/untrained/model, before the first step, and for FOLDER/<name>/<target>-<shard size>/model.
 """
 
 import json
@@ -28,6 +28,7 @@ def run_case(case, folder):
     edges = bounds(dims, run.parallel.pipe, run.parallel.parts, run.data.seq_len)
     pipe = engine.Pipeline(run, dims, edges, cuda=False)
     checkpoint.start(pipe)
+    from_ranks.write_to(pipe, str(folder / "untrained" / "model"), "hf", "70KB")
 
     def rows_of(step):
         return selftest.make_rows(step, run.rows_per_step, run.data.seq_len, dims.vocab, run.data.pack)
