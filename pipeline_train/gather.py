@@ -141,7 +141,7 @@ class _Here:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(ASIDE + "*"):
-                left.unlink()
+                shutil.rmtree(str(left)) if left.is_dir() else left.unlink()
         except OSError as error:
             raise arrival.unwritable(self.folder, error) from None
 

@@ -149,6 +149,19 @@ def test_what_the_network_has_changed_is_refused(cluster, monkeypatch, change):
     assert not (checkpoint.folder(cluster.outs[0], 4) / manifest.optim_file(2)).exists()
 
 
+def test_a_manifest_that_the_network_has_changed_is_refused(monkeypatch, tmp_path):
+    cluster = Cluster(monkeypatch, tmp_path, pipe=1, data=2)
+    cluster.save([4])
+    shutil.rmtree(str(cluster.outs[0] / "checkpoints"))
+    with monkeypatch.context() as patched:
+        stream(patched, lambda name, data: data.replace(b"llama", b"bloom") if name == manifest.NAME else data)
+        here, _ = brought(cluster, everywhere=True)
+    assert isinstance(here, RunFailed) and "manifest.json: what came from node 1 (b) is not what was saved" in str(here)
+    assert run_folder.checkpoints(cluster.outs[0] / "checkpoints") == []
+    brought(cluster, everywhere=True)
+    assert whole(cluster, 0, 4)
+
+
 def test_a_node_that_dies_meanwhile_is_named_and_the_same_command_goes_on(cluster, monkeypatch):
     def gone(name, data):
         if name == manifest.optim_file(4):
@@ -160,7 +173,10 @@ def test_a_node_that_dies_meanwhile_is_named_and_the_same_command_goes_on(cluste
         here, there = brought(cluster)
     assert isinstance(there, KeyboardInterrupt) and str(here) == "node 1 (b): interrupted"
     assert [p.name for p in checkpoint.folder(cluster.outs[0], 4).iterdir() if p.name.startswith(".")] == []
-    (checkpoint.folder(cluster.outs[0], 4) / (".gather-" + manifest.layer_file(4))).write_bytes(b"left by a kill")
+    for name in (".gather-" + manifest.layer_file(4), ".gather-" + manifest.layer_file(0), ".gather-rsync/x"):  # left by kills
+        path = checkpoint.folder(cluster.outs[0], 4) / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"left")
     assert 0 < brought(cluster)[0]["files"] < 6 and whole(cluster, 0, 4)  # of 6, and four may have been on their way
 
 
