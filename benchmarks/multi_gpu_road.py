@@ -50,7 +50,7 @@ def settings(bench, work, name, pipe):
         "model": {"path": str(work / "model"), "init": "random", "dtype": "fp32" if bench.cpu else "bf16"},
         "data": {"train": str(work / "train.jsonl"), "seq_len": long}, "parallel": {"pipe": pipe},
         "batch": {"micro": 2, "global": 16}, "optim": {"lr": 1e-4},
-        "train": {"max_steps": STEPS, "epochs": 50, "save_every": 10, "keep": 2},
+        "train": {"max_steps": STEPS, "epochs": 50, "save_every": 10, "keep": 2, "async_save": False},
     }  # fmt: skip
     if name == "all":
         document["export"] = {"dir": str(work / "export")}
@@ -102,7 +102,7 @@ def killed(bench, work, environment, whole):
     path, out = settings(bench, work, "killed", bench.gpus), work / "killed"
     process = subprocess.Popen(command("train", "--config", path), env=environment, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not ((out / "metrics.jsonl").is_file() and max(steps_of(out), default=0) >= 12):
-        time.sleep(0.1)
+        time.sleep(0.02)
     victim = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "pipeline_train.worker"], capture_output=True, text=True)
     ranks = [int(number) for number in victim.stdout.split()]
     began = time.monotonic()
