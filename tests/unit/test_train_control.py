@@ -108,14 +108,15 @@ def test_the_newest_state_is_seen_without_waiting():
 
 
 def test_who_is_missing_is_said_and_in_the_end_told_to_those_who_came(quick):
-    cluster = Cluster(3, wait_s=1.5)
+    cluster = Cluster(3, wait_s=4.5)
+    cluster.start(2, lambda channel: None)  # whose own time is up first
+    time.sleep(1.0)
     cluster.start(0, lambda channel: None)
-    cluster.start(2, lambda channel: None)
     found = cluster.join()
-    line = "node 1 has not come to 127.0.0.1:%d within 1 s. Start pipedock train there with --node-rank" % cluster.port
+    line = "node 1 has not come to 127.0.0.1:%d within 4 s. Start pipedock train there with --node-rank" % cluster.port
     assert isinstance(found[0], RunFailed) and str(found[0]).startswith(line)
     assert isinstance(found[2], RunFailed) and str(found[2]).startswith("node 0 (box0): " + line)
-    assert cluster.said[0][0].startswith("waiting at 127.0.0.1:%d for node 1" % cluster.port)
+    assert cluster.said[0][0].startswith("waiting at 127.0.0.1:%d for node 1" % cluster.port) and len(cluster.said[0]) == 1
 
 
 def test_a_node_waits_for_node_0_and_says_what_it_waits_for(quick):
