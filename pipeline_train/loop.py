@@ -1,5 +1,6 @@
 """The training loop of one rank. Every rank runs it in step with the others; rank 0 writes metrics and progress."""
 
+import json
 import math
 import resource
 import sys
@@ -39,6 +40,12 @@ def peak_memory(cuda: bool) -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def against_plan(out: Path, measured: List[float]) -> Dict[str, List[float]]:
+    """Fields of a line of kind "memory": GiB per stage, ``measured`` and as prepare has planned them."""
+    planned = json.loads((out / "resolved" / "plan.json").read_text(encoding="utf-8"))["gib"]
+    return {"mem_gib": [round(m, 4) for m in measured], "planned_gib": [stage["total"] for stage in planned]}
 
 
 class Window:
@@ -108,6 +115,8 @@ class Loop:
                 self._saved(self.saver.finish())
                 raise
             self.pulse.step_done(number)
+            if number == done + 1:
+                self._compare_memory(number)
             stop, saves = self.pipe.watched.agreed
             stop = stop and number < self.total
             window.add(result, rows)
@@ -181,6 +190,12 @@ class Loop:
         stages[:, self.pipe.pipe_rank] = torch.tensor(mine)
         dist.all_reduce(stages, op=dist.ReduceOp.MAX)
         return [[float(number) for number in row] for row in stages]
+
+    def _compare_memory(self, number: int) -> None:
+        """What the first step has needed of each stage beside what the plan expects. A CPU's resident memory is something else."""
+        if self.pipe.cuda:
+            measured = self._per_stage(peak_memory(self.pipe.cuda))[0]
+            self._write("memory", step=number, **against_plan(self.out, measured))
 
     def _mfu(self, window: Window, seconds: float) -> Optional[float]:
         """Model FLOPs per second over what the devices could do; None where that is not known."""

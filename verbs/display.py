@@ -9,7 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .progress import Figures, clock, percent
+from .progress import Figures, clock, memory_of, percent
 
 
 class Live:
@@ -24,8 +24,9 @@ class Live:
         self.live.start()
 
     def show(self, message: Dict[str, Any]) -> None:
-        if "say" in message:
-            self.console.print(message["say"], markup=False, highlight=False)
+        said = message.get("say") or memory_of(message.get("line"))
+        if said:
+            self.console.print(said, markup=False, highlight=False)
 
     def close(self) -> None:
         self.live.stop()

@@ -107,7 +107,7 @@ class Figures:
 
 
 class Lines:
-    """Where there is no terminal: now and then a line; every evaluation and save."""
+    """Where there is no terminal: now and then a line; every evaluation and save, and the memory of the first step."""
 
     EVERY_S = 5.0  # between two lines of steps
 
@@ -122,6 +122,8 @@ class Lines:
             say("step %d: eval loss %.4f" % (message["line"]["step"], message["line"]["loss"]))
         if kind == "save":
             say("saved " + saved(message["line"]))
+        if memory_of(message.get("line")):
+            say(memory_of(message["line"]))
         now = time.monotonic()
         if "step" in message and (now - self.last >= self.EVERY_S or message["step"] == message["total"]):
             self.last = now
@@ -148,6 +150,15 @@ def saved(line: Dict[str, Any]) -> str:
     if line.get("stall_s") is not None:
         text += ", training stood still for %.1f s" % line["stall_s"]
     return text
+
+
+def memory_of(line: Optional[Dict[str, Any]]) -> str:
+    """A line of kind "memory" in words, "" for others."""
+    if (line or {}).get("kind") != "memory":
+        return ""
+    assert line is not None
+    pairs = ["stage %d: %.2f of %.2f" % (stage, *pair) for stage, pair in enumerate(zip(line["mem_gib"], line["planned_gib"]))]
+    return "memory after step %d, GiB measured of planned: %s" % (line["step"], ", ".join(pairs))
 
 
 def percent(part: float) -> str:

@@ -35,6 +35,7 @@ class Series:
 
 class Curves:
     """``series``: key of KEYS or "eval" -> Series. ``saves``: lines of kind "save". ``starts``: (step, total steps) of each start.
+    ``planned``: GiB per stage, from the last start's line of kind "memory"; [] if there is none.
 
     ``update`` reads what the file has got since the last call. A start voids what earlier lines say of later steps, and of two
     lines for one step the later one counts. Lines that are no JSON objects with a step are counted in ``unreadable``.
@@ -46,6 +47,7 @@ class Curves:
         self.saves: List[Dict[str, Any]] = []
         self.starts: List[Tuple[int, int]] = []
         self.stage_lines: Deque[Dict[str, Any]] = deque(maxlen=STAGE_LINES)
+        self.planned: List[float] = []
         self.unreadable = 0
 
     @property
@@ -83,6 +85,7 @@ class Curves:
         if kind == "start":
             self._cut(step)
             self.stage_lines.clear()
+            self.planned = []
             total = line.get("total_steps")
             self.starts.append((step, total if isinstance(total, int) and 0 <= total < MOST_STEPS else 0))
         elif kind == "step":
@@ -91,6 +94,8 @@ class Curves:
             self.stage_lines.append(line)
         elif kind == "eval":
             self._add("eval", step, line.get("loss"))
+        elif kind == "memory":
+            self.planned = numbers(line.get("planned_gib"))
         elif kind == "save":
             self.saves = [save for save in self.saves if save["step"] != step] + [line]
 

@@ -21,10 +21,11 @@ def stages_section(curves: Curves, run: Optional[RunConfig], plan: Sequence[Stag
     if plan or busy:
         most = max(bar.value for _, found in work for bar in found)
         parts.append(bars("Share of the work", work, most))
+    planned = curves.planned if len(curves.planned) == number else []
     if memory:
-        rows = [(stage_name(plan, s), [Bar("peak memory", "c", gib, "%.2f GiB" % gib)]) for s, gib in enumerate(memory)]
-        parts.append(bars("Peak memory, largest rank of each stage", rows, max(memory)))
-    return charts_grid(parts) + bubble(curves, run) + stage_table(plan, busy, memory, curves.mean("step_s"))
+        rows = [(stage_name(plan, s), memory_bars(planned, memory, s)) for s in range(number)]
+        parts.append(bars("Peak memory, largest rank of each stage", rows, max(memory + planned)))
+    return charts_grid(parts) + bubble(curves, run) + stage_table(plan, busy, memory, planned, curves.mean("step_s"))
 
 
 def stage_name(plan: Sequence[Stage], stage: int) -> str:
@@ -44,6 +45,11 @@ def work_bars(plan: Sequence[Stage], busy: Sequence[float], stage: int) -> List[
     return found
 
 
+def memory_bars(planned: Sequence[float], memory: Sequence[float], stage: int) -> List[Bar]:
+    found = [Bar("planned", "a", planned[stage], "%.2f GiB" % planned[stage])] if planned else []
+    return found + [Bar("measured", "c", memory[stage], "%.2f GiB" % memory[stage])]
+
+
 def bubble(curves: Curves, run: Optional[RunConfig]) -> str:
     """The measured idle share beside what the schedule costs at least."""
     measured = curves.mean("bubble")
@@ -58,7 +64,9 @@ def bubble(curves: Curves, run: Optional[RunConfig]) -> str:
     return '<p class="bubble">%s</p>' % text(line)
 
 
-def stage_table(plan: Sequence[Stage], busy: Sequence[float], memory: Sequence[float], step_s: Optional[float]) -> str:
+def stage_table(
+    plan: Sequence[Stage], busy: Sequence[float], memory: Sequence[float], planned: Sequence[float], step_s: Optional[float]
+) -> str:
     columns: List[Tuple[str, List[str]]] = []
     if plan:
         columns.append(("layers", ["%d-%d" % (s.first, s.last) for s in plan]))
@@ -70,6 +78,8 @@ def stage_table(plan: Sequence[Stage], busy: Sequence[float], memory: Sequence[f
             columns.append(("busy part of a step", ["%.1f %%" % (100 * s / step_s) for s in busy]))
     if memory:
         columns.append(("peak memory, GiB", ["%.2f" % gib for gib in memory]))
+    if planned:
+        columns.append(("planned, GiB", ["%.2f" % gib for gib in planned]))
     head = "".join("<th scope=col>%s</th>" % text(name) for name, _ in [("stage", [])] + columns)
     rows = "".join(
         "<tr><th scope=row>%d</th>%s</tr>" % (stage, "".join("<td>%s</td>" % text(cells[stage]) for _, cells in columns))

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline_train import report
 from pipeline_train.errors import RunFailed, UserError
-from pipeline_train.report import curves, facts, svg, words
+from pipeline_train.report import curves, facts, stages, svg, words
 from tests.run_folder import lines_of, make_run, step_line
 from verbs import report as verb
 
@@ -94,6 +94,19 @@ def test_the_figures_of_the_stages_are_of_this_start_and_its_stage_count(tmp_pat
     found = read(tmp_path, step_line(1, stage_s=[9.0, 9.0], step_s=9.0), start, step_line(2), step_line(3, stage_s=[0.25, 0.15]))
     assert found.per_stage("stage_s") == pytest.approx([0.2, 0.1]) and found.mean("step_s") == pytest.approx(0.2)
     assert read(tmp_path, start).per_stage("stage_s") == [] and read(tmp_path, start).mean("step_s") is None
+
+
+def test_planned_memory_stands_beside_the_measured(tmp_path):
+    memory = {"kind": "memory", "step": 1, "mem_gib": [0.5, 0.25], "planned_gib": [0.75, 0.3]}
+    found = read(tmp_path, step_line(1), memory)
+    section = stages.stages_section(found, None, [])
+    bars = re.findall(r"(stage \d), (planned|measured): ([\d.]+) GiB</title>", section)
+    assert [gib for _, _, gib in bars] == ["0.75", "0.50", "0.30", "0.25"]
+    assert "planned, GiB" in section
+    again = read(tmp_path, step_line(1), memory, {"kind": "start", "step": 1, "total_steps": 9}, step_line(2))
+    assert "planned" not in stages.stages_section(again, None, [])  # at another layout, perhaps
+    spoilt = read(tmp_path, step_line(1), dict(memory, planned_gib=[1.0, "x"]))
+    assert "planned" not in stages.stages_section(spoilt, None, [])
 
 
 def test_thinning_keeps_ends_and_extremes():

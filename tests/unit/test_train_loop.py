@@ -1,0 +1,30 @@
+"""The loop's own decisions, without a pipeline. What it trains is tested in tests/integration."""
+
+import json
+from types import SimpleNamespace
+
+from pipeline_train import loop
+
+
+def made(tmp_path, cuda, written):
+    """A loop of two stages whose measured memory is 10.12345 and 9 GiB."""
+    found = loop.Loop.__new__(loop.Loop)
+    found.pipe, found.out = SimpleNamespace(cuda=cuda), tmp_path
+    found._per_stage = lambda *mine: [[10.12345, 9.0]]
+    found.metrics = SimpleNamespace(write=lambda kind, **fields: written.append(dict(fields, kind=kind)))
+    (tmp_path / "resolved").mkdir()
+    (tmp_path / "resolved" / "plan.json").write_text(json.dumps({"gib": [{"total": 11.0}, {"total": 8.5}]}))
+    return found
+
+
+def test_on_gpus_the_first_step_s_memory_is_written_beside_the_plan_s(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "peak_memory", lambda cuda: 10.12345)
+    written = []
+    made(tmp_path, True, written)._compare_memory(1)
+    assert written == [{"kind": "memory", "step": 1, "mem_gib": [10.1235, 9.0], "planned_gib": [11.0, 8.5]}]
+
+
+def test_on_a_cpu_the_plan_s_memory_is_another_thing(tmp_path):
+    written = []
+    made(tmp_path, False, written)._compare_memory(1)
+    assert written == []
