@@ -165,9 +165,9 @@ from pipeline_train.errors import RunFailed, Stopped
 def prepared(loaded, *unused):
     out = Path(loaded.run.out)
     (out / "resolved").mkdir(parents=True)
-    return Fake(config=loaded, out=out, gpus=0, total=400, resume=None, done=0)
+    return Fake(config=loaded, out=out, gpus=0, total=400, resume=None, done=0, dims=None)
 
-def training(prepared, show):
+def training(prepared, show, *unused):
     (prepared.out / "metrics.jsonl").write_text('{"kind": "start", "step": 0, "total_steps": 400}\\n'
                                                 '{"kind": "step", "step": 1, "loss": 2.5}\\n')
     for message in %(messages)r:
@@ -178,7 +178,7 @@ def training(prepared, show):
 
 sys.modules["pipeline_train.prepare"] = Fake(prepare=prepared)  # the real ones import torch
 sys.modules["pipeline_train.launch"] = Fake(launch=training)
-sys.modules["pipeline_train.selftest_run"] = Fake(once=lambda prepared, say: None)
+sys.modules["pipeline_train.selftest_run"] = Fake(once=lambda *unused: None)
 sys.exit(pipedock.main(["train", "--config", %(config)r]))
 """
 
