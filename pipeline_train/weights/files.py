@@ -50,7 +50,7 @@ class SafetensorsFile:
         """A tensor of this file with memory of its own. Raises UserError for a dtype that is no weight's."""
         begin, end = self._spans[name]
         self._check_dtype(name)
-        return self._read_into(torch.empty(end - begin, dtype=torch.uint8), name, begin).reshape(self.entries[name].shape)
+        return self._read(name, begin, torch.empty(end - begin, dtype=torch.uint8)).reshape(self.entries[name].shape)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """The same values, flat, in pieces of PIECE elements (the last one shorter). Each lies in the memory of the one before:
@@ -60,15 +60,15 @@ class SafetensorsFile:
         step = PIECE * WIDTHS[self.entries[name].dtype]
         buffer = torch.empty(min(step, end - begin), dtype=torch.uint8)
         for start in range(begin, end, step):
-            yield self._read_into(buffer[: min(step, end - start)], name, start)
+            yield self._read(name, start, buffer[: min(step, end - start)])
 
     def _check_dtype(self, name: str) -> None:
         dtype = self.entries[name].dtype
         if dtype not in TORCH_DTYPES:
             raise wrong_dtype(self.path, name, dtype)
 
-    def _read_into(self, raw: torch.Tensor, name: str, begin: int) -> torch.Tensor:
-        """Fill bytes from position ``begin`` of the data on; -> them as values."""
+    def _read(self, name: str, begin: int, raw: torch.Tensor) -> torch.Tensor:
+        """Fill ``raw`` with the bytes from position ``begin`` of the data on; -> them as values."""
         try:
             with open(str(self.path), "rb", buffering=0) as file:
                 file.seek(self._data + begin)
