@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The compose road for real: builds the images, trains, exports, serves and asks in containers (tests/containers; arguments go to pytest).
+# The compose road for real: builds the images of the cpu stack, trains, exports, serves and asks in containers, and trains on several
+# nodes; checks the files of every other stack (tests/containers; arguments go to pytest).
 # Uses the Docker engine that answers; where none does and we are root, installs and starts one with its own folder, and stops it after.
 # Exit 77: no engine can run here, nothing was tested.
 #

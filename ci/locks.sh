@@ -21,6 +21,11 @@ install_lock() { # STACK PYTHON CONSTRAINTS OTHER_PYTHON CODE
   fi
   "${python[@]}" "$ROOT/images/install_lock.py" "$ROOT/images/$1/lock.txt"
   (cd "$ROOT" && "${python[@]}" -c "$5")
+  # The example of compose/run.yaml, made as the train service makes it, up to where pipedock would begin.
+  mkdir -p "$dir"/work/{data,models,runs,exports}
+  printf '#!/bin/sh\n' >"$dir/bin/pipedock"
+  chmod +x "$dir/bin/pipedock"
+  (cd "$dir/work" && PATH=$dir/bin:$PATH PYTHONPATH=$ROOT "${python[@]}" "$ROOT/compose/road.py" train "$ROOT/compose/run.yaml")
 }
 
 bash "$ROOT/ci/install.sh"

@@ -3,6 +3,7 @@
 train: makes the example's model and data if run.yaml names them and they are missing, then trains, or goes on where it was stopped.
   NODES, NODE_RANK, MASTER_ADDR and MASTER_PORT in the environment, or HOSTFILE: on several nodes.
 export: the run's newest checkpoint -> its export folder, the proof, and ``exports/current``, which the serve service loads.
+Python 3.8 runs this, too.
 """
 
 import os
@@ -21,7 +22,7 @@ NODE_FLAGS = {"NODES": "--nodes", "NODE_RANK": "--node-rank", "MASTER_ADDR": "--
 
 def check_kept(where: str, key: str, path: str, folder: str) -> None:
     """Anything written outside the mounted folders would go with the container."""
-    if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+    if Path(folder).resolve() not in Path(path).resolve().parents:
         raise UserError("%s: %s: %s would be lost with the container; put it under %s/" % (where, key, path, folder))
 
 

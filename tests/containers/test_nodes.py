@@ -124,7 +124,7 @@ def test_a_node_that_is_killed_is_named_and_both_go_on_where_they_were(alone, br
 
 
 def test_by_ssh_and_a_hostfile(alone, bridge):
-    """Keys are made at compose time; sshd runs where it was asked for; pdsh starts the other node's ranks, gather gets its files."""
+    """Keys are made at compose time; sshd runs where it was asked for; pdsh starts the other's ranks, gather gets its files."""
     first, second = bridge
     first("run", "--rm", "keys")
     keys = first.folder / "cluster/ssh"

@@ -69,6 +69,50 @@ def test_a_run_of_the_users_own_makes_no_example(road, workspace, monkeypatch):
     assert os.listdir("data") == [] and os.listdir("models") == []
 
 
+@pytest.mark.parametrize(
+    "env, flags",
+    [
+        ({}, []),
+        ({"NODES": "", "NODE_RANK": "", "HOSTFILE": ""}, []),
+        ({"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}, ["--nodes", "2", "--node-rank", "1", "--master-addr", "a"]),
+        (
+            {"NODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "7"},
+            ["--nodes", "2", "--node-rank", "0", "--master-addr", "a", "--master-port", "7"],
+        ),
+        ({"HOSTFILE": "cluster/hostfile"}, ["--hostfile", "cluster/hostfile"]),
+    ],
+)
+def test_several_nodes_by_the_environment(road, workspace, monkeypatch, env, flags):
+    ran = []
+    monkeypatch.setattr(road.os, "execvp", lambda name, args: ran.append(args))
+    (workspace / "cluster").mkdir()
+    (workspace / "cluster/hostfile").write_text("a slots=1\n")
+    (workspace / "run.yaml").write_text(RUN % ("runs/a", "models/mine"), encoding="utf-8")
+    for name in ("NODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "HOSTFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert road.main("train", "run.yaml") == 0
+    assert ran == [["pipedock", "train", "--config", "run.yaml", "--resume", "auto", *flags]]
+
+
+@pytest.mark.parametrize(
+    "env, message",
+    [
+        ({"NODES": "2"}, "NODES: set NODE_RANK and MASTER_ADDR too, on every node"),
+        ({"NODE_RANK": "1"}, "NODE_RANK: set NODES and MASTER_ADDR too, on every node"),
+        ({"HOSTFILE": "h", "NODES": "2"}, "HOSTFILE and NODES are two ways to name the nodes; unset one"),
+        ({"HOSTFILE": "h"}, "HOSTFILE=h: no such file in the container; put it into cluster/, HOSTFILE=cluster/hostfile"),
+    ],
+)
+def test_nodes_that_are_named_by_half(road, workspace, monkeypatch, capsys, env, message):
+    (workspace / "run.yaml").write_text(RUN % ("runs/a", "models/mine"), encoding="utf-8")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert road.main("train", "run.yaml") == 2
+    assert capsys.readouterr().err == "train: %s\n" % message
+
+
 def test_current_follows_the_last_export(road, workspace, monkeypatch):
     commands = []
 
