@@ -59,6 +59,11 @@ def release(version: str) -> Tuple[int, ...]:
     return tuple(numbers)
 
 
+def stack(found: Dict[str, Optional[str]]) -> str:
+    """Which stack the plan counts with (plan.cards.stack_of's names): torch before 2 keeps and copies more."""
+    return "pinned" if release(found["torch"] or "") < (2,) else "current"
+
+
 def check_deepspeed(version: Optional[str]) -> None:
     """Refuse a DeepSpeed release whose gradients are known to be wrong, whatever loss it reports. Raises UserError."""
     if version is None:

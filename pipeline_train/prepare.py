@@ -89,7 +89,8 @@ def prepare(
         weights.find_folder(run.model.path) if run.model.init == "pretrained" else weights.resolve(run.model.path, weights=False)
     )
     run.model.path = str(folder)  # a hub name or a run means this folder from now on, on every rank
-    dims = _resolve_model(run, folder, source.name)
+    stack = compat.stack(found)
+    dims = _resolve_model(run, folder, source.name, plan.card_here() if gpus else None, stack, say)
     layers = scattered.layers_here(run, Place.alone(run.world) if party is None else party.place)
     facts = _facts(run)
     document = None if checkpoint is None else manifest.read(checkpoint)
@@ -109,7 +110,7 @@ def prepare(
     saves = _saves(run.train.save_every or total, done, total)
     if saves:
         checkpoint_folder.check_room(run, dims, source.name, saves, say, layers)
-    documents = {"versions.json": found, "data.json": dict(facts, pad_id=codec.pad_id), "plan.json": _planned(run, dims, found)}
+    documents = {"versions.json": found, "data.json": dict(facts, pad_id=codec.pad_id), "plan.json": _planned(run, dims, stack)}
     _write_resolved(run, out, source, folder, codec, documents)
     prepared = Prepared(run, out, dims, gpus, total, checkpoint, done)
     if party is not None:
@@ -135,8 +136,8 @@ def _follow(party: Party, out: Path, gpus: int) -> Prepared:
     return Prepared(run, out, dims, gpus, told["total"], resume, told["done"])
 
 
-def _resolve_model(run: RunConfig, folder: Path, where: str) -> Dims:
-    """seq_len and parts by the model; checks every name and shape in the weight files, reading none."""
+def _resolve_model(run: RunConfig, folder: Path, where: str, card: Optional[str], stack: str, say: Say) -> Dims:
+    """seq_len and parts by the model and the card; checks every name and shape in the weight files, reading none."""
     raw = families.read_config(str(folder))
     dims = families.dims_of(raw)
     config.check_against_model(run, dims.layers, dims.max_positions, where)
@@ -144,9 +145,10 @@ def _resolve_model(run: RunConfig, folder: Path, where: str) -> Dims:
         run.data.seq_len = default_seq_len(raw, dims)
     if run.model.init == "pretrained":
         weights.open_source(str(folder)).check()
-    parallel = run.parallel
-    recompute = parallel.recompute == "blocks"
-    parallel.parts = plan.parts_of(plan.bounds(dims, parallel.pipe, parallel.parts, run.data.seq_len, recompute))
+    run.parallel.parts = plan.parts_for(run, dims, card, stack)
+    lack = plan.lack(run, dims, card, stack) if card is not None else None
+    if lack is not None:
+        say("%s: parallel: %s" % (where, lack))
     return dims
 
 
@@ -165,9 +167,8 @@ def _write_resolved(run: RunConfig, out: Path, source: Path, folder: Path, codec
         raise UserError("run.out: %s: cannot be written: %s" % (error.filename or out, error.strerror)) from None
 
 
-def _planned(run: RunConfig, dims: Dims, found: Dict[str, Optional[str]]) -> Dict[str, Any]:
+def _planned(run: RunConfig, dims: Dims, stack: str) -> Dict[str, Any]:
     """What each stage should need of a GPU, to stand beside what it is measured to need (mem_gib; a CPU's is something else)."""
-    stack = "pinned" if compat.release(found["torch"] or "") < (2,) else "current"
     return {"stack": stack, "parts": run.parallel.parts, "gib": plan.memory_of(run, dims, stack)}
 
 

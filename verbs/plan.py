@@ -50,25 +50,10 @@ def _gpu(named: Optional[str]) -> Tuple[str, List[str]]:
     """-> (the card to plan for, a note when nobody chose it)."""
     if named is not None:
         return named, []
-    here = _card_here()
+    from pipeline_train.plan import card_here
+
+    here = card_here()
     return (here, []) if here else (DEFAULT_GPU, ["no known GPU here: planned for %s; name yours with --gpu" % DEFAULT_GPU])
-
-
-def _card_here() -> Optional[str]:
-    import shutil
-    import subprocess
-
-    from pipeline_train.plan import cards
-
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    name, _, mib = (done.stdout.splitlines() or [""])[0].rpartition(",")
-    return cards.from_cuda(name, float(mib) / 1024) if done.returncode == 0 and mib.strip().isdigit() else None
 
 
 def _from_config(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
@@ -78,7 +63,6 @@ def _from_config(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
     from pipeline_train import config, families
     from pipeline_train.data.store import default_seq_len
     from pipeline_train.errors import UserError
-    from pipeline_train.plan import bounds, parts_of
 
     given = [option for option in MODEL_ONLY if getattr(args, option)]
     if given:
@@ -88,10 +72,8 @@ def _from_config(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
     dims = families.dims_of(raw)
     config.check_against_model(loaded, dims.layers, dims.max_positions, where)
     parallel, seq_len = loaded.parallel, loaded.data.seq_len or default_seq_len(raw, dims)
-    # As train splits them, which knows no limit.
-    parts = parts_of(bounds(dims, parallel.pipe, parallel.parts, seq_len, parallel.recompute == "blocks"))
     return dims, {
-        "gpus": loaded.world, "parts": parts, "seq_len": seq_len, "micro": loaded.batch.micro, "data": parallel.data,
+        "gpus": loaded.world, "parts": parallel.parts, "seq_len": seq_len, "micro": loaded.batch.micro, "data": parallel.data,
         "micro_batches": loaded.micro_batches, "dtype": None if loaded.model.dtype == "auto" else loaded.model.dtype,
         "optim": loaded.optim.type, "recompute": parallel.recompute, "offload": parallel.offload,
     }  # fmt: skip

@@ -1,6 +1,8 @@
 """GPUs and what connects them: figures of data sheets, and how much of the peak training has been seen to reach. No torch."""
 
 import difflib
+import shutil
+import subprocess
 from typing import Dict, NamedTuple, Optional
 
 from ..errors import UserError
@@ -95,6 +97,19 @@ def from_cuda(device: str, gib: float) -> Optional[str]:
             near = min(names, key=lambda name: abs(GPUS[name].gib - gib))
             return near if abs(GPUS[near].gib - gib) < 0.15 * gib else None
     return None
+
+
+def card_here() -> Optional[str]:
+    """The first GPU of this machine as a key of GPUS, from nvidia-smi; None when there is none, or none that is in the table."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    name, _, mib = (done.stdout.splitlines() or [""])[0].rpartition(",")
+    return from_cuda(name, float(mib) / 1024) if done.returncode == 0 and mib.strip().isdigit() else None
 
 
 def peak_flops(device: str) -> float:

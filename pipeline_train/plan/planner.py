@@ -1,4 +1,4 @@
-"""``plan``: everything a run will need, as one JSON document; ``memory_of`` and ``stage_bounds`` for the run itself."""
+"""``plan``: everything a run will need, as one JSON document."""
 
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -6,12 +6,12 @@ from .. import families
 from ..errors import UserError
 from ..families import Dims
 from . import cards
-from .memory import GIB, Setup, Sizes, setup_of, stage_bytes
+from .fitting import bounds_on, fits_on, gib_of
+from .memory import GIB, Setup, Sizes, stage_bytes
 from .speed import speed
-from .split import Fits, NoSplit, bounds, parts_of
+from .split import NoSplit, bounds, parts_of
 
 Model = Union[Dims, Dict[str, Any], str]
-PARTS = ("weights", "grads", "optimizer", "activations", "buffers", "total")
 
 
 class Wish(NamedTuple):
@@ -63,28 +63,11 @@ def plan(
         if not isinstance(parts, str) and len(parts) != pipe:
             raise UserError("--parts: %d stages, but --gpus and --data make %d" % (len(parts), pipe))
     setup = wished.setup(pipe, gpu)
-    try:
-        boundaries = bounds(dims, pipe, parts, setup.seq_len, setup.recompute, fits_on(sizes, setup, gpu))
-    except NoSplit:
-        boundaries = bounds(dims, pipe, parts, setup.seq_len, setup.recompute)
+    boundaries = bounds_on(sizes, setup, parts, gpu)
     document = _describe(sizes, setup, boundaries, gpu, link, mfu)
     document["min_gpus"] = None if least is None else least * wished.data
     document["notes"] = _notes(document, sizes, wished, gpu)
     return document
-
-
-def fits_on(sizes: Sizes, setup: Setup, gpu: str) -> Fits:
-    """Whether a stage's layers fit on the card beside context and reserve."""
-    limit = cards.usable(gpu) * GIB
-    known: Dict[Any, bool] = {}  # a stage of blocks is like any other with as many micro-batches in flight
-
-    def fits(stage: int, start: int, end: int) -> bool:
-        key = (min(setup.pipe - stage, setup.micro_batches), stage == 0, sizes.part(start, end))
-        if key not in known:
-            known[key] = stage_bytes(sizes, setup, stage, start, end).total <= limit
-        return known[key]
-
-    return fits
 
 
 def least_stages(sizes: Sizes, wished: Wish, gpu: str) -> Optional[int]:
@@ -128,28 +111,13 @@ def _changes(wished: Wish) -> List[Tuple[str, Wish]]:
     return found + ([("--offload", wished._replace(offload=True))] if not wished.offload else [])
 
 
-def memory_of(run: Any, dims: Dims, stack: str = "current") -> List[Dict[str, float]]:
-    """GiB per stage of a run whose parts, seq_len and dtype are resolved (config_schema.RunConfig): what
-    ``torch.cuda.max_memory_allocated`` should show on each, and its parts. ``stack``: cards.stack_of's names."""
-    setup = setup_of(run, stack)
-    return _gib(Sizes(dims), setup, bounds(dims, setup.pipe, run.parallel.parts, setup.seq_len, setup.recompute))
-
-
-def _gib(sizes: Sizes, setup: Setup, boundaries: Sequence[int]) -> List[Dict[str, float]]:
-    found = []
-    for stage, (start, end) in enumerate(zip(boundaries, boundaries[1:])):
-        row = stage_bytes(sizes, setup, stage, start, end)
-        found.append({name: round(value / GIB, 4) for name, value in zip(PARTS, tuple(row) + (row.total,))})
-    return found
-
-
 def _describe(
     sizes: Sizes, setup: Setup, boundaries: Sequence[int], gpu: str, link: Optional[str], mfu: Optional[float]
 ) -> Dict[str, Any]:
     dims, card = sizes.dims, cards.GPUS[gpu]
     name = link or card.link
     fast = speed(dims, sizes, setup, boundaries, gpu, cards.link_named(name), mfu or card.mfu)
-    memory, limit = _gib(sizes, setup, boundaries), cards.usable(gpu)
+    memory, limit = gib_of(sizes, setup, boundaries), cards.usable(gpu)
     stages = []
     for stage, (start, end) in enumerate(zip(boundaries, boundaries[1:])):
         params = sizes.parameters(sizes.part(start, end))

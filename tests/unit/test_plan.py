@@ -286,7 +286,7 @@ def test_the_verb_refuses_in_one_line(model, tmp_path, arguments, message):
 def test_no_gpu_named_and_none_here_is_said(model, monkeypatch):
     from verbs import plan as verb
 
-    monkeypatch.setattr(verb, "_card_here", lambda: None)
+    monkeypatch.setattr("pipeline_train.plan.card_here", lambda: None)
     assert verb._gpu(None) == ("h100-80g", ["no known GPU here: planned for h100-80g; name yours with --gpu"])
     assert verb._gpu("t4") == ("t4", [])
 

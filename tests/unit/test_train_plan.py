@@ -1,10 +1,12 @@
 """Which layers a stage gets, and what a step costs."""
 
 import itertools
+import json
+import re
 
 import pytest
 
-from pipeline_train import plan
+from pipeline_train import config, plan, prepare
 from pipeline_train.errors import UserError
 from pipeline_train.families import Dims
 
@@ -66,3 +68,44 @@ def test_step_flops_follow_the_stated_formula():
     """6 x (parameters without the input embedding) x tokens + 12 x blocks x hidden x attended pairs; a 7B has 6.6e9 of them."""
     assert plan.step_flops(LLAMA_7B, 1, 0) / 6 == pytest.approx(6.607e9, rel=1e-3)
     assert plan.step_flops(LLAMA_7B, 0, 10) == 12 * 32 * 4096 * 10
+
+
+def resolved_run(**more):
+    run = {"run": {"out": "o"}, "model": {"path": "m", "dtype": "bf16"}, "data": {"train": "t", "seq_len": 2048},
+           "parallel": {"pipe": 2}, "batch": {"micro": 8, "global": 64}}  # fmt: skip
+    return config.parse(dict(run, **more))
+
+
+def test_auto_parts_fit_on_the_card_if_any_do():
+    dims, run = LLAMA_7B, resolved_run()
+    free, limited = plan.parts_for(run, dims, None, "current"), plan.parts_for(run, dims, "h200", "current")
+    assert free == [17, 17] and limited != free and sum(limited) == dims.layers
+    run.parallel.parts = limited
+    assert plan.lack(run, dims, "h200", "current") is None
+    run.parallel.parts = free
+    text = re.sub(r"1\d\d\.\d", "1xx", plan.lack(run, dims, "h200", "current"))
+    assert text == ("by the plan stage 0 needs 1xx GiB, a h200 has 1xx beside context and reserve: it may run out of memory. "
+                    "More stages, a smaller batch.micro or parallel.recompute: blocks need less")  # fmt: skip
+
+
+def test_a_card_too_small_for_any_split_does_not_change_it():
+    dims, run = LLAMA_7B, resolved_run()
+    assert plan.parts_for(run, dims, "t4", "current") == plan.parts_for(run, dims, None, "current")
+
+
+def test_the_user_s_own_parts_stay():
+    run = resolved_run(parallel={"pipe": 2, "parts": [30, 4]})
+    assert plan.parts_for(run, LLAMA_7B, "h200", "current") == [30, 4]
+
+
+def test_what_may_not_fit_is_said_before_the_run(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32}))  # fmt: skip
+    for card, told in (("t4", 1), ("h200", 0), (None, 0)):
+        run, said = resolved_run(model={"path": "m", "dtype": "fp16", "init": "random"}, batch={"micro": 1, "global": 8}), []
+        prepare._resolve_model(run, tmp_path, "run.yaml", card, "current", said.append)
+        assert run.parallel.parts == [17, 17] and len(said) == told
+        assert all(
+            line.startswith("run.yaml: parallel: by the plan stage 0 needs ") and ", a t4 has 14.3 " in line for line in said
+        )
