@@ -107,5 +107,5 @@ def test_what_may_not_fit_is_said_before_the_run(tmp_path):
         prepare._resolve_model(run, tmp_path, "run.yaml", card, "current", said.append)
         assert run.parallel.parts == [17, 17] and len(said) == told
         assert all(
-            line.startswith("run.yaml: parallel: by the plan stage ") and ", a t4 has 14.3 " in line for line in said
+            line.startswith("run.yaml: parallel: by the plan stage 1 needs ") and ", a t4 has 13.1 " in line for line in said
         )
