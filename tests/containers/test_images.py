@@ -265,3 +265,18 @@ def test_a_release_builds_scans_and_publishes_every_stack():
     steps = json.dumps(job["steps"])
     build, scan, push = (steps.index(word) for word in ("docker/build-push-action", "aquasecurity/trivy-action", "docker push"))
     assert build < scan < push and "python3 images/tag.py" in steps
+
+
+def test_the_sample_has_every_variable_of_the_compose_files_and_no_other():
+    """With the values that hold when nothing is set."""
+    files = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "compose").glob("*.yaml")) if path.name != "run.yaml"]
+    defaults, used = {}, set()
+    for text in files:
+        text = re.sub(r"#.*", "", text)
+        used |= set(re.findall(r"\$\{([A-Z_]+)", text)) | set(re.findall(r"^ +([A-Z_]+): *$", text, re.MULTILINE))
+        used |= {name.strip() for line in re.findall(r"args: \[(.*)\]", text) for name in line.split(",")}
+        defaults.update(re.findall(r"\$\{([A-Z_]+):-([^./}][^}]*)\}", text))
+    sample = (ROOT / "compose/example.env").read_text(encoding="utf-8")
+    assert set(re.findall(r"^#?([A-Z_]+)=", sample, re.MULTILINE)) == used | {"STACK"}
+    said = dict(re.findall(r"^([A-Z_]+)=(\S+)", sample, re.MULTILINE))
+    assert said.pop("STACK") == "cpu" and all(defaults[name] == value for name, value in said.items()), (said, defaults)
