@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 
 from export import aside, shards, sidecars
 from export.aside import output_folder
+from export.from_hf import from_hf
 from export.measure import Meter, print_progress
 from export.to_hf import to_hf
 from pipeline_train import families
 from pipeline_train.errors import RunFailed, UserError
 from pipeline_train.proof import EXPORT, MARK
+from pipeline_train.weights import files, same_bits
 from pipeline_train.weights.writing import Item, TensorFile
 from tests.models import make_hf, tiny_config
 
@@ -159,6 +161,17 @@ def test_a_killed_export_is_never_taken_for_a_whole_one(tmp_path):
     told = to_hf(str(tmp_path / "hf"), str(tmp_path / "x"), overwrite=True, shard_size="60KB")
     assert not left.exists() and told["shards"] == len(list((tmp_path / "x").glob("*.safetensors")))
     assert not (tmp_path / "x" / "proof.json").exists()
+
+
+def test_tensors_of_many_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 1000)
+    make_hf(tmp_path / "hf", tiny_config("llama"))
+    wanted = load_file(str(tmp_path / "hf" / "model.safetensors"))
+    from_hf(str(tmp_path / "hf"), str(tmp_path / "layers"))
+    to_hf(str(tmp_path / "layers"), str(tmp_path / "x"))
+    found = load_file(str(tmp_path / "x" / "model.safetensors"))
+    assert max(tensor.numel() for tensor in wanted.values()) > 6000
+    assert all(same_bits(found[name], tensor) for name, tensor in wanted.items() if not name.endswith("inv_freq"))
 
 
 def test_overwrite_replaces_an_earlier_export_only_at_the_end(tmp_path):
