@@ -261,16 +261,15 @@ def test_what_one_node_ends_with_all_end_with(error, kind):
 
 
 def test_trouble_interrupts_a_launcher_that_is_busy():
-    called = {}
+    called, events = {}, {0: threading.Event(), 2: threading.Event()}
 
     def work(channel):
         if channel.node == 1:
             channel.exchange({})
             raise RunFailed("x")
-        event = threading.Event()
-        channel.on_trouble = event.set
+        channel.on_trouble = events[channel.node].set
         channel.exchange({})
-        called[channel.node] = event.wait(10)
+        called[channel.node] = events[2].wait(10) and events[channel.node].wait(10)  # node 0 tells node 2 though it is busy
         channel.check()
 
     found = Cluster(3).run(work)

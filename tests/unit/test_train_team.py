@@ -37,7 +37,7 @@ from pipeline_train import launch, link
 from pipeline_train.control import Channel
 from pipeline_train.place import Node, Place
 from pipeline_train.team import Team
-link.SILENT_S, launch.VERDICT_S = 4.0, float(sys.argv[5])
+link.SILENT_S, launch.VERDICT_S = float(sys.argv[6]), float(sys.argv[5])
 node, port, logs, body = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 channel = Channel.open(node, 2, "127.0.0.1", port, "ab"[node], 30.0, print)
 place = Place(node, (Node("a", (0,)), Node("b", (1, 2))), False)
@@ -56,7 +56,7 @@ except BaseException as error:
 class Run:
     """Both launchers with the same ``body`` for all three ranks."""
 
-    def __init__(self, folder, body, verdict_s="20", hang=""):
+    def __init__(self, folder, body, verdict_s="20", hang="", silent_s="20"):
         self.logs = [folder / "a", folder / "b"]
         port = free_port()
         self.launchers = []
@@ -65,7 +65,7 @@ class Run:
             head = HEAD % (str(ROOT), str(logs), [str(path) for path in self.logs])
             code = LAUNCHER % str(ROOT)
             code = code.replace('print("summary"', hang + 'print("summary"') if node == 0 else code
-            line = [sys.executable, "-c", code, str(node), str(port), str(logs), head + body, verdict_s]
+            line = [sys.executable, "-c", code, str(node), str(port), str(logs), head + body, verdict_s, silent_s]
             self.launchers.append(subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
 
     def started(self):
@@ -152,16 +152,19 @@ def test_a_launcher_that_is_killed_is_named_by_the_other(tmp_path, victim):
 
 def test_echoes_wait_for_a_silent_node_to_be_given_up(tmp_path):
     """Node 1 is frozen, launcher and ranks; a rank here notices its broken connection first."""
-    run = Run(tmp_path, "others()\nif rank == 0: time.sleep(6); error('Connection reset by peer')\ntime.sleep(60)").started()
+    body = "others()\nif rank == 0:\n    while not os.path.exists(logs + '/frozen'): time.sleep(0.02)\n"
+    body += "    time.sleep(2); error('Connection reset by peer')\ntime.sleep(60)"
+    run = Run(tmp_path, body, silent_s="6").started()
     time.sleep(1.0)
     frozen = [run.launchers[1].pid, run.pids()[1], run.pids()[2]]
     for pid in frozen:
         os.kill(pid, signal.SIGSTOP)
+    (tmp_path / "a" / "frozen").touch()
     line = run.launchers[0].communicate(timeout=40)[0].strip().splitlines()[-1]
-    for pid in frozen:
+    for pid in reversed(frozen):  # a launcher that wakes kills its ranks
         os.kill(pid, signal.SIGCONT)
     assert run.launchers[1].wait(40) == 1
-    assert line == "NodeGone: node 1 (b) has not answered for 4 s"
+    assert line == "NodeGone: node 1 (b) has not answered for 6 s"
 
 
 def test_a_launcher_without_a_verdict_ends_by_itself(tmp_path):
