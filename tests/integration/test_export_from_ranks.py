@@ -1,6 +1,6 @@
 """The export that the ranks write is the one made from the checkpoint of the same step, file by file and byte by byte.
 
-With PIPEDOCK_MATRIX set (ci/matrix.sh) all of stages {1,2,4} x replicas {1,2}; else what four ranks can do.
+With PIPEDOCK_MATRIX set (by hand, four minutes) all of stages {1,2,4} x replicas {1,2}; else what four ranks can do.
 """
 
 import itertools
