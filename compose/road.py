@@ -44,19 +44,17 @@ def make_example(config: Any) -> None:
 def node_flags(env: Mapping[str, str]) -> List[str]:
     """How `pipedock train` is told about several nodes; compose passes a variable on only if it is set."""
     given: Dict[str, str] = {name: env[name] for name in NODE_FLAGS if env.get(name)}
+    named = [name for name in ("NODES", "NODE_RANK", "MASTER_ADDR") if name in given]
+    missing = [name for name in ("NODES", "NODE_RANK", "MASTER_ADDR") if name not in given]
     hostfile = env.get("HOSTFILE")
-    if hostfile:
-        if given:
-            raise UserError("HOSTFILE and %s are two ways to name the nodes; unset one" % ", ".join(given))
-        if not Path(hostfile).is_file():
-            raise UserError(
-                "HOSTFILE=%s: no such file in the container; put it into cluster/, HOSTFILE=cluster/hostfile" % hostfile
-            )
-        return ["--hostfile", hostfile]
-    missing = [name for name in ("NODES", "NODE_RANK", "MASTER_ADDR") if given and name not in given]
-    if missing:
-        raise UserError("%s: set %s too, on every node" % (", ".join(given), " and ".join(missing)))
-    return [part for name, value in given.items() for part in (NODE_FLAGS[name], value)]
+    if hostfile and named:
+        raise UserError("HOSTFILE and %s are two ways to name the nodes; unset one" % ", ".join(named))
+    if hostfile and not Path(hostfile).is_file():
+        raise UserError("HOSTFILE=%s: no such file in the container; put it into cluster/, HOSTFILE=cluster/hostfile" % hostfile)
+    if named and missing:
+        raise UserError("%s: set %s too, on every node" % (", ".join(named), " and ".join(missing)))
+    flags = ["--hostfile", hostfile] if hostfile else []
+    return flags + [part for name, value in given.items() if hostfile or named for part in (NODE_FLAGS[name], value)]
 
 
 def train(path: str, config: Any) -> None:

@@ -80,6 +80,8 @@ def test_a_run_of_the_users_own_makes_no_example(road, workspace, monkeypatch):
             ["--nodes", "2", "--node-rank", "0", "--master-addr", "a", "--master-port", "7"],
         ),
         ({"HOSTFILE": "cluster/hostfile"}, ["--hostfile", "cluster/hostfile"]),
+        ({"HOSTFILE": "cluster/hostfile", "MASTER_PORT": "7"}, ["--hostfile", "cluster/hostfile", "--master-port", "7"]),
+        ({"MASTER_PORT": "7"}, []),
     ],
 )
 def test_several_nodes_by_the_environment(road, workspace, monkeypatch, env, flags):
