@@ -1,8 +1,10 @@
 """Reads the fenced blocks of a Markdown page and says who runs each."""
 
 import re
+from pathlib import Path
 from typing import List, NamedTuple
 
+ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"(?:^<!-- (?P<tag>[^\n]+?) -->\n)?^```(?P<lang>\w+)\n(?P<body>.*?)^```$", re.M | re.S)
 
 

@@ -6,12 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.docs.readme import blocks
+from tests.docs.readme import ROOT, blocks
 from tests.free_port import free_port
 from tests.models import make_hf, tiny_config
 from tests.tokenizers import tiny_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ELSEWHERE = {
     "run by: the demo lane": "ci/demo.sh",
