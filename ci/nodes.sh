@@ -9,5 +9,6 @@ set -euo pipefail
 
 bash "$ROOT/ci/install.sh"
 cd "$ROOT"
-exec "$VENV/bin/python" -m pytest -q --durations=5 tests/integration/nodes_lane.py tests/integration/nodes_ssh_lane.py \
+exec "$VENV/bin/python" -m pytest -q --durations=5 tests/integration/teams_lane.py tests/integration/nodes_lane.py \
+  tests/integration/nodes_ssh_lane.py \
   tests/integration/gather_lane.py "$@"

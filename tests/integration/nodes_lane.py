@@ -53,6 +53,17 @@ def test_a_shared_folder_is_found_and_node_0_prepares_it(root):
     assert nodes.codes() == [0, 0] and json.loads(nodes.last(1))["finished"] is True, nodes.all_said()
 
 
+def test_a_node_dies_and_both_started_again_end_as_one_node_would(root):
+    nodes = Nodes(root, ["dead_a", "dead_b"]).until_saved(3)
+    began = time.monotonic()
+    assert nodes.send(1, signal.SIGKILL).codes(60) == [1, -9], nodes.all_said()
+    assert time.monotonic() - began < 30
+    assert nodes.last(0).startswith("pipedock train: node 1 (") and "is gone: its connection was closed" in nodes.last(0)
+    nodes = Nodes(root, ["dead_a", "dead_b"], "--resume", "auto")
+    assert nodes.codes() == [0, 0], nodes.all_said()
+    same_run(root / "out", nodes.folders)
+
+
 def test_a_signal_to_one_node_saves_and_stops_all_and_resume_goes_on(root):
     nodes = Nodes(root, ["sig_a", "sig_b"]).until_saved(3)
     codes = nodes.send(1, signal.SIGTERM).codes(60)

@@ -54,7 +54,7 @@ class Cluster:
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(link, "BEAT_S", 0.1)
-    monkeypatch.setattr(link, "SILENT_S", 2.0)
+    monkeypatch.setattr(link, "SILENT_S", 1.5)
     monkeypatch.setattr(joining, "FIRST_S", 0.2)
 
 
@@ -108,12 +108,12 @@ def test_the_newest_state_is_seen_without_waiting():
 
 
 def test_who_is_missing_is_said_and_in_the_end_told_to_those_who_came(quick):
-    cluster = Cluster(3, wait_s=4.5)
+    cluster = Cluster(3, wait_s=2.5)
     cluster.start(2, lambda channel: None)  # whose own time is up first
-    time.sleep(1.0)
+    time.sleep(0.5)
     cluster.start(0, lambda channel: None)
     found = cluster.join()
-    line = "node 1 has not come to 127.0.0.1:%d within 4 s. Start pipedock train there with --node-rank" % cluster.port
+    line = "node 1 has not come to 127.0.0.1:%d within 2 s. Start pipedock train there with --node-rank" % cluster.port
     assert isinstance(found[0], RunFailed) and str(found[0]).startswith(line)
     assert isinstance(found[2], RunFailed) and str(found[2]).startswith("node 0 (box0): " + line)
     assert cluster.said[0][0].startswith("waiting at 127.0.0.1:%d for node 1" % cluster.port) and len(cluster.said[0]) == 1
@@ -234,7 +234,7 @@ def test_a_silent_node_is_a_dead_node(victim, quick):
         if channel.node == victim:
             for one in channel.links.values():
                 one.quiet.set()
-            time.sleep(4.0)
+            time.sleep(3.0)
             return None
         time.sleep(0.5)  # the beats keep it alive
         assert channel.silent_for(victim) < 1.0

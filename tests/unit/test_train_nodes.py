@@ -132,6 +132,7 @@ def test_whether_the_folder_is_one_is_found_out(tmp_path, names, shared):
     def work(party):
         out = tmp_path / names[party.place.node]
         party.open_folder(out, "run.yaml")
+        party.share()  # node 0 has taken its file away
         return party.place.shared, party.follows, sorted(path.name for path in out.iterdir())
 
     found = Meeting([run_of(tmp_path)] * 2, work).results
