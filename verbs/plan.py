@@ -3,7 +3,7 @@
 import argparse
 from typing import Any, Dict, List, Optional, Tuple
 
-MODEL_ONLY = ("gpus", "data", "parts", "seq_len", "micro", "micro_batches", "optim", "dtype", "recompute", "offload")
+MODEL_ONLY = ("gpus", "data", "parts", "seq_len", "micro", "micro_batches", "optim", "dtype", "recompute", "offload", "compile")
 HELP = "what a training run needs: GPUs, memory per stage, balance, bubble, tokens per second"
 DEFAULT_GPU = "h100-80g"
 COLUMNS = ("weights", "grads", "optimizer", "activations", "buffers", "total")
@@ -33,6 +33,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--optim", choices=["adamw", "lion"], help="default: adamw")
     model.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: bf16 where the card has it, else fp16")
     model.add_argument("--recompute", choices=["none", "blocks"], help="default: none")
+    model.add_argument("--compile", action="store_true", help="blocks through torch.compile (run.compile)")
     model.add_argument("--offload", action="store_true", help="optimizer in host memory")
 
 
@@ -76,6 +77,7 @@ def _from_config(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
         "gpus": loaded.world, "parts": parallel.parts, "seq_len": seq_len, "micro": loaded.batch.micro, "data": parallel.data,
         "micro_batches": loaded.micro_batches, "dtype": None if loaded.model.dtype == "auto" else loaded.model.dtype,
         "optim": loaded.optim.type, "recompute": parallel.recompute, "offload": parallel.offload,
+        "compile": loaded.run.compile,
     }  # fmt: skip
 
 
@@ -95,7 +97,7 @@ def _from_options(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
             wish["parts"] = [int(number) for number in args.parts.strip("[]").split(",")]
         except ValueError:
             raise UserError("--parts: expected layers per stage such as 1,5,5,1 or auto, got %r" % args.parts) from None
-    return dims, dict(wish, offload=args.offload)
+    return dims, dict(wish, offload=args.offload, compile=args.compile)
 
 
 def _config_json(model: str) -> Dict[str, Any]:
@@ -133,6 +135,7 @@ def text(document: Dict[str, Any]) -> str:
     head = "%(family)s, %(layers)d layers, %%.1f B parameters; %(gpus)d x %(gpu)s: %(pipe)d stages x %(data)d replicas"
     head += ", %(dtype)s, %(optim)s%%s, rows of %(seq_len)d, micro-batch %(micro)d x %(micro_batches)d"
     extras = (", recompute" if document["recompute"] == "blocks" else "") + (", offload" if document["offload"] else "")
+    extras += ", compiled" if document["compile"] else ""
     lines = [head % document % (document["params"] / 1e9, extras), "", _line("stage", "layers", "params", "FLOPs", *COLUMNS)]
     for number, stage in enumerate(document["stages"]):
         first, last = stage["layers"]

@@ -10,7 +10,7 @@ from typing import Callable, Optional
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-LEAST_HEAD, LEAST_ROW = 16, 128  # a head's size and a row's length below which the kernel does not take them
+from ..plan.activations import LEAST_HEAD, LEAST_ROW
 
 
 @functools.lru_cache(maxsize=None)

@@ -8,20 +8,27 @@ Two ways to attend (models/attention.py):
 fused  scaled_dot_product_attention with an explicit mask: keeps q, k, v, its output and a log-sum-exp (4 bytes per head and
        token), not the scores. torch 2.
 eager  torch 1.13 has no fused attention: keeps the probabilities in fp32 (4 S) and, in 16 bits, their rounded copy (2 S).
+
+A compiled block (run.compile) keeps what torch.compile's partitioner decides: norms, rotations and activation functions are done
+again in the backward pass, and FlexAttention needs neither a mask nor keys and values repeated to all heads.
 """
 
 from typing import Callable, Dict, NamedTuple
 
 from ..families import Dims
 
+LEAST_HEAD, LEAST_ROW = 16, 128  # for models/flex.py: a head's size and a row's length below which its kernel does not take them
+
 
 class Shape(NamedTuple):
-    """One micro-batch: rows of ``seq`` tokens, ``micro`` of them, ``width`` bytes a number, attention ``eager`` or fused."""
+    """One micro-batch: rows of ``seq`` tokens, ``micro`` of them, ``width`` bytes a number, attention ``eager`` or fused, blocks
+    ``compiled`` or not."""
 
     micro: int
     seq: int
     width: int
     eager: bool
+    compiled: bool = False
 
     @property
     def tokens(self) -> int:
@@ -67,7 +74,33 @@ def attention(dims: Dims, shape: Shape, mask: int, heads_in_mask: int, inputs: i
     return Attention(kept, forward, inputs + out + scores * (10 if b == 2 else 12))
 
 
+def _compiled_attention(dims: Dims, shape: Shape, heads_in_mask: int) -> int:
+    """Bytes kept: q, k, v, the output, its log-sum-exp; without FlexAttention the mask too, and k and v for every query head."""
+    n, b = shape.tokens, shape.width
+    flex = shape.seq >= LEAST_ROW and dims.head_dim >= LEAST_HEAD
+    keys = dims.kv_size if flex else dims.q_size
+    mask = 0 if flex else n * shape.seq * b * heads_in_mask
+    return n * b * (2 * dims.q_size + 2 * keys) + mask + 4 * n * dims.heads
+
+
+def _llama_compiled(dims: Dims, shape: Shape) -> Layer:
+    n, b, wide = shape.tokens, shape.width, 4
+    hidden, ffn = n * dims.hidden * b, n * dims.ffn * b
+    # Of both norms input, output and 1/rms; positions in fp32, the frequencies; gate, up and their product.
+    kept = 4 * hidden + 3 * n * wide + 2 * dims.head_dim + _compiled_attention(dims, shape, 1) + 3 * ffn
+    return Layer(kept, kept + hidden + 2 * ffn, hidden)
+
+
+def _bloom_compiled(dims: Dims, shape: Shape) -> Layer:
+    n, b, wide = shape.tokens, shape.width, 4
+    hidden, ffn = n * dims.hidden * b, n * dims.ffn * b
+    kept = 4 * hidden + 4 * n * wide + _compiled_attention(dims, shape, dims.heads) + 2 * ffn
+    return Layer(kept, kept + hidden + ffn, hidden)
+
+
 def _llama_block(dims: Dims, shape: Shape) -> Layer:
+    if shape.compiled:
+        return _llama_compiled(dims, shape)
     n, b, wide = shape.tokens, shape.width, 4
     hidden, query, ffn = n * dims.hidden * b, n * dims.q_size * b, n * dims.ffn * b
     # RMSNorm: its input in fp32 (in an fp32 run that is the residual stream itself), 1/rms, the rounded quotient, its output.
@@ -88,6 +121,8 @@ def _llama_block(dims: Dims, shape: Shape) -> Layer:
 
 
 def _bloom_block(dims: Dims, shape: Shape) -> Layer:
+    if shape.compiled:
+        return _bloom_compiled(dims, shape)
     n, b, wide = shape.tokens, shape.width, 4
     hidden, query, ffn = n * dims.hidden * b, n * dims.q_size * b, n * dims.ffn * b
     norm = 2 * hidden + 2 * n * wide  # LayerNorm: its input, mean and 1/deviation, its output

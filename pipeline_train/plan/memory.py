@@ -41,6 +41,7 @@ class Setup(NamedTuple):
     recompute: bool = False
     offload: bool = False
     stack: str = "current"
+    compiled: bool = False
 
     @property
     def width(self) -> int:
@@ -48,7 +49,7 @@ class Setup(NamedTuple):
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.micro, self.seq_len, self.width, eager=self.stack == "pinned")
+        return Shape(self.micro, self.seq_len, self.width, self.stack == "pinned", self.compiled)
 
     @property
     def bf16_optimizer(self) -> bool:
@@ -60,7 +61,7 @@ def setup_of(run: Any, stack: str) -> Setup:
     """From a RunConfig whose seq_len and dtype are resolved."""
     parallel, batch = run.parallel, run.batch
     return Setup(run.data.seq_len, batch.micro, run.micro_batches, parallel.pipe, parallel.data, run.model.dtype, run.optim.type,
-                 parallel.recompute == "blocks", parallel.offload, stack)  # fmt: skip
+                 parallel.recompute == "blocks", parallel.offload, stack, run.run.compile)  # fmt: skip
 
 
 class Bytes(NamedTuple):

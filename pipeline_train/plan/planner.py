@@ -26,11 +26,12 @@ class Wish(NamedTuple):
     optim: str = "adamw"
     recompute: str = "none"
     offload: bool = False
+    compile: bool = False
 
     def setup(self, pipe: int, gpu: str) -> Setup:
         dtype = self.dtype or ("bf16" if cards.GPUS[gpu].bf16 else "fp16")
         return Setup(self.seq_len, self.micro, self.micro_batches or max(8, pipe), pipe, self.data, dtype, self.optim,
-                     self.recompute == "blocks", self.offload, cards.stack_of(gpu))  # fmt: skip
+                     self.recompute == "blocks", self.offload, cards.stack_of(gpu), self.compile)  # fmt: skip
 
 
 def plan(
@@ -129,6 +130,7 @@ def _describe(
         "fits": all(row["total"] <= limit for row in memory), "limit_gib": round(limit, 2), "card_gib": card.gib,
         "context_gib": cards.CONTEXT_GIB, "reserve_gib": round(card.gib * cards.RESERVE, 2), "dtype": setup.dtype,
         "optim": setup.optim, "recompute": "blocks" if setup.recompute else "none", "offload": setup.offload,
+        "compile": setup.compiled,
         "seq_len": setup.seq_len, "micro": setup.micro, "micro_batches": setup.micro_batches,
         "parts": parts_of(boundaries), "bubble": fast.bubble, "tokens_per_s": round(fast.tokens_per_s, 1),
         "step_s": round(fast.step_s, 4), "mfu": mfu or card.mfu, "mfu_source": "given" if mfu else card.source, "link": name,
