@@ -133,7 +133,7 @@ def test_a_host_that_ends_while_it_is_waited_for(tmp_path, tools, monkeypatch, s
 
 def test_a_host_that_goes_on_is_no_trouble_and_ends_with_us(tmp_path, tools, monkeypatch):
     monkeypatch.setattr(remote, "GRACE_S", 0.5)
-    python = fake_python(tmp_path, "echo last words; exec cat < /dev/zero > /dev/null\n")
+    python = fake_python(tmp_path, "echo last words; exec sleep 20\n")
     monkeypatch.setattr(remote.sys, "executable", python)
     remotes = remote.Remotes(HOSTS, ["train"], 29500, tmp_path / "logs", lambda line: None)
     remotes.start()
