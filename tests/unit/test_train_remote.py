@@ -31,7 +31,7 @@ def tools(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "ssh").write_text(FAKE)
     (folder / "ssh").chmod(0o755)
-    for name in ("sh", "env", "printf", "cat"):
+    for name in ("sh", "env", "printf", "cat", "sleep"):
         path = next(os.path.join(p, name) for p in ("/bin", "/usr/bin") if os.path.exists(os.path.join(p, name)))
         (folder / name).symlink_to(path)
     monkeypatch.setenv("PATH", str(folder))
