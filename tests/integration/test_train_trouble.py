@@ -188,7 +188,7 @@ def faulty(small, monkeypatch, fault, hang_s=10):
     ranks = launch.Ranks(rank, 2, launch.environment(2, 0), out / "logs", lambda message: None, hang_s)
     with pytest.raises(RunFailed) as error:
         launch.supervise(ranks)
-    assert all(process.poll() is not None for process in ranks.processes)
+    assert ranks.local.running() == []
     assert saved(out)  # the last checkpoint is kept
     return str(error.value), out / "logs"
 
