@@ -2,13 +2,29 @@
 
 import math
 import os
-from typing import Callable, Dict, Optional
+from typing import Callable, Dict, Optional, Tuple
 
-from . import compat, deepspeed_keys, native
+from . import compat, deepspeed_keys, hostfile, native, sinks
 from .config_schema import RunConfig
 from .errors import UserError
 
 Say = Callable[[str], None]  # takes a line for the user
+
+
+def check_machine(
+    run: RunConfig, where: str, say: Say, here: int, host: Optional[hostfile.Host]
+) -> Tuple[Dict[str, Optional[str]], int]:  # fmt: skip
+    """-> what is installed, and GPUs (0: train on the CPU). ``here``: ranks on this machine; ``host``: what a hostfile says of it.
+    Raises UserError."""
+    found = compat.versions()
+    compat.check_deepspeed(found["deepspeed"])
+    for note in compat.notes(found):
+        say(note)
+    sinks.check(run, where)
+    gpus = resolve_device(run, found, where, say, here)
+    if host is not None:
+        hostfile.check(host, here, gpus)
+    return found, gpus
 
 
 def resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str, say: Say, here: Optional[int] = None) -> int:

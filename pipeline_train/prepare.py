@@ -23,14 +23,13 @@ from . import (
     plan,
     run_folder,
     scattered,
-    sinks,
     weights,
 )
 from .config_schema import RunConfig
 from .data import feed, template
 from .data.encode import TextCodec
 from .data.store import default_seq_len
-from .device import resolve_device
+from .device import check_machine
 from .errors import UserError
 from .families import Dims
 from .nodes import Party
@@ -66,15 +65,8 @@ def prepare(
     Raises UserError."""
     if allow_changed_data and resume is None:
         raise UserError("--allow-changed-data: goes with --resume; a new run takes its data as it is")
-    found = compat.versions()
-    compat.check_deepspeed(found["deepspeed"])
-    for note in compat.notes(found):
-        say(note)
-    sinks.check(run, source.name)
     here = run.world if party is None else len(party.place.ranks)
-    gpus = resolve_device(run, found, source.name, say, here)
-    if host is not None:
-        hostfile.check(host, here, gpus)
+    found, gpus = check_machine(run, source.name, say, here, host)
     out = Path(run.run.out)
     if party is None:
         run_folder.take(out, source.name, say)

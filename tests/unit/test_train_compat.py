@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from pipeline_train import compat, config, prepare
+from pipeline_train import compat, config, device
 from pipeline_train.errors import RunFailed, UserError
 
 
@@ -57,10 +57,10 @@ def test_training_asks_for_cpu_support_when_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     with pytest.raises(UserError, match="trains on GPUs only"):
-        prepare.resolve_device(run, {"deepspeed": "0.9.2"}, "run.yaml", print)
+        device.resolve_device(run, {"deepspeed": "0.9.2"}, "run.yaml", print)
     monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setattr(compat, "gpus", lambda: compat.Gpus(1, "Tesla V100", False))
-    assert prepare.resolve_device(run, {"deepspeed": "0.9.2"}, "run.yaml", print) == 1 and run.model.dtype == "fp16"
+    assert device.resolve_device(run, {"deepspeed": "0.9.2"}, "run.yaml", print) == 1 and run.model.dtype == "fp16"
 
 
 def test_untested_releases_get_a_note():

@@ -88,11 +88,11 @@ def test_where_it_can_be_had_it_is_taken(monkeypatch):
 
 
 def test_a_run_is_refused_before_it_starts(monkeypatch):
-    from pipeline_train import config, prepare
+    from pipeline_train import config, device
 
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(native, "without_cpp", lambda: "there is no C++ compiler")
     run = config.parse({"run": {"out": "o", "compile": True}, "model": {"path": "m", "dtype": "fp32"}, "data": {"train": "t"},
                         "parallel": {"pipe": 1}})  # fmt: skip
     with pytest.raises(UserError, match="run.compile: "):
-        prepare.resolve_device(run, dict(compat.versions(), deepspeed="0.19.8"), "run.yaml", print)
+        device.resolve_device(run, dict(compat.versions(), deepspeed="0.19.8"), "run.yaml", print)

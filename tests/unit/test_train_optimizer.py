@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("deepspeed")
 import torch  # noqa: E402
 
-from pipeline_train import compat, config, native, optimizer, prepare  # noqa: E402
+from pipeline_train import compat, config, device, native, optimizer  # noqa: E402
 from pipeline_train.errors import UserError  # noqa: E402
 
 
@@ -169,7 +169,7 @@ def resolve(monkeypatch, gpus, **sections):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(compat, "gpus", lambda: compat.Gpus(gpus, "NVIDIA H100 80GB HBM3", True))
     made, said = run(**sections), []
-    prepare.resolve_device(made, compat.versions(), "run.yaml", said.append)
+    device.resolve_device(made, compat.versions(), "run.yaml", said.append)
     return made, said
 
 
