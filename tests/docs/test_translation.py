@@ -117,7 +117,7 @@ BLOCK = blocks(ENGLISH)[-1].body
         ("\n## %s\n" % LAST, "\n### %s\n" % LAST, "the first that differs: '%s'" % LAST),
         ("| `model.init` |", "| `a.key` | `1` |\n| `model.init` |", "tables of other shapes"),
         ("| `model.init` |", "| `model.start` |", "table row `model.start`: the translation lacks ['model.start']"),
-        ("`bash ci/install.sh` only installs", "`bash ci/setup.sh` only installs", "code words: the translation lacks ['bash ci/setup.sh']"),
+        ("`bash ci/install.sh` only", "`bash ci/setup.sh` only", "code words: the translation lacks ['bash ci/setup.sh']"),
         ("(docs/many.md)", "(docs/more.md)", "links: ['docs/more.md']"),
     ],
 )  # fmt: skip
