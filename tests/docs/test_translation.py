@@ -45,7 +45,8 @@ def differences(english: str, chinese: str) -> List[str]:
     ours, theirs = sections(english), sections(chinese)
     levels = [[section.level for section in page] for page in (ours, theirs)]
     if levels[0] != levels[1]:
-        at = next((n for n, pair in enumerate(zip(*levels)) if pair[0] != pair[1]), min(map(len, levels)))
+        kinds = [[(section.level, section.blocks) for section in page] for page in (ours, theirs)]
+        at = next((n for n, pair in enumerate(zip(*kinds)) if pair[0] != pair[1]), min(map(len, kinds)))
         return ["sections: README.md has %d, README.zh-CN.md %d; the first that differs: %r, %r"
                 % (len(ours), len(theirs), _title(ours, at), _title(theirs, at))]  # fmt: skip
     return [line for pair in zip(ours, theirs) for line in _section_differences(*pair)]
