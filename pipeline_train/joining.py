@@ -100,10 +100,18 @@ class _Hall:
             link.end({"line": "node 0 (%s): %s" % (self.meeting.name, line)})
 
     def _greet(self, sock: socket.socket, peer: Any) -> None:
+        end = time.monotonic() + HELLO_S
+
+        def hear() -> None:
+            if time.monotonic() > end:  # one that says a byte now and then
+                raise socket.timeout
+
         try:
             sock.settimeout(HELLO_S)
-            hello = read_frame(sock)[0]
-            node, name = int(hello["node"]), str(hello["name"])
+            hello = read_frame(sock, hear)[0]
+            node, name = hello["node"], str(hello["name"])
+            if type(node) is not int:
+                raise TypeError(node)
             refusal = self._refusal(hello, node, name)
             if refusal:
                 self.meeting.say(refusal)

@@ -42,7 +42,10 @@ def read_frame(sock: socket.socket, hear: Callable[[], None] = lambda: None) -> 
     magic, length, more = HEAD.unpack(_read(sock, HEAD.size, hear))
     if magic != MAGIC or length > MOST or more > MOST:
         raise ValueError("what came is not pipedock's")
-    document = json.loads(_read(sock, length, hear).decode("utf-8"))
+    try:
+        document = json.loads(_read(sock, length, hear).decode("utf-8"))
+    except RecursionError:
+        document = None
     if not isinstance(document, dict):
         raise ValueError("what came is not pipedock's")
     return document, _read(sock, more, hear)
@@ -131,6 +134,8 @@ class Link:
             lost = "is gone: its connection was closed, so its pipedock train or its machine has died"
         except (OSError, ValueError) as error:
             lost = "is gone: %s" % (getattr(error, "strerror", None) or error)
+        except KeyError:
+            lost = "is gone: what came is not pipedock's"
         self.quiet.set()
         self.lost = lost
         self.on_over(self)

@@ -26,6 +26,7 @@ class Calm:
 
     def __init__(self) -> None:
         self.party: Any = None
+        self.reason: Optional[Exception] = None  # why a signal has ended the command
 
     @contextlib.contextmanager
     def kept(self) -> Iterator["Calm"]:
@@ -45,9 +46,9 @@ class Calm:
     def _ended(self, number: int, frame: Any) -> None:
         from pipeline_train.errors import Stopped
 
-        if self.party is not None:
-            self.party.channel.check()
-        raise Stopped("stopped by SIGTERM")
+        trouble = self.party.channel.trouble if self.party is not None else None
+        self.reason = trouble or Stopped("stopped by SIGTERM")
+        raise self.reason
 
 
 def hosts_of(args: argparse.Namespace) -> Any:
@@ -112,13 +113,18 @@ def joined(args: argparse.Namespace, config: Any, hosts: Any, calm: Calm) -> Ite
     if request.hosts is not None:  # before anything is started elsewhere
         nodes.counts(config.world, request.nodes, request.hosts)
         run_folder.take(out, Path(args.config).name, say)
+    elif request.node == 0:  # before the others are waited for
+        nodes.counts(config.world, request.nodes, None)
     with elsewhere(request, ["train"] + _same_everywhere(args), out / "logs") as check:
         party = nodes.Party.join(request, config, say, check)
         calm.watch(party)
         try:
             yield party
         except BaseException as error:
-            party.channel.close(error)
+            # What a signal's handler raises inside a library's import or look at a file may come out as something else.
+            party.channel.close(calm.reason or error)
+            if calm.reason is not None and calm.reason is not error:
+                raise calm.reason from None
             raise
         party.channel.close()
 

@@ -175,10 +175,28 @@ def knock(port):
             time.sleep(0.05)
 
 
+def framed(text):
+    return link.HEAD.pack(link.MAGIC, len(text), 0) + text
+
+
+def test_a_stranger_who_is_slow_is_left(monkeypatch):
+    monkeypatch.setattr(joining, "HELLO_S", 0.5)
+    cluster = Cluster(2)
+    cluster.start(0, lambda channel: channel.exchange({}))
+    with knock(cluster.port) as sock:
+        sock.sendall(link.HEAD.pack(link.MAGIC, 10**6, 0))
+        for _ in range(20):  # a byte now and then, each before a single wait would be over
+            with contextlib.suppress(OSError):
+                sock.sendall(b" ")
+            time.sleep(0.1)
+        cluster.start(1, lambda channel: channel.exchange({}))
+        assert cluster.join() == {0: [{}, {}], 1: [{}, {}]}
+
+
 @pytest.mark.parametrize("data", [
     b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"", link.HEAD.pack(link.MAGIC, 2, 0) + b"[]", struct.pack(">4sIQ", b"pdk1", 2**31, 0),
-    link.HEAD.pack(link.MAGIC, 2, 0) + b"{}",
-])  # fmt: skip
+    link.HEAD.pack(link.MAGIC, 2, 0) + b"{}", framed(b'{"protocol":1,"node":1e400,"nodes":2,"name":"x"}'), framed(b"[" * 200000),
+], ids=["http", "nothing", "a list", "too long", "empty", "an infinite node", "deep"])  # fmt: skip
 def test_strangers_are_ignored(data):
     cluster = Cluster(2)
     cluster.start(0, lambda channel: channel.exchange({}))

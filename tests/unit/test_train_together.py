@@ -110,6 +110,47 @@ def test_a_signal_of_the_user_is_still_one():
         time.sleep(30)
 
 
+def entered(monkeypatch, calm, party):
+    """together.joined on node 1 of 2, without anybody to join."""
+    from pipeline_train import nodes
+
+    monkeypatch.setattr(nodes.Party, "join", lambda *args: party)
+    args = parsed("--nodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1")
+    args.config, args.set, args.resume, args.allow_changed_data = "run.yaml", [], None, False
+    return together.joined(args, argparse.Namespace(run=argparse.Namespace(out="o"), world=2), None, calm)
+
+
+def test_a_library_cannot_hide_what_has_ended_the_command(monkeypatch):
+    """transformers makes a ModuleNotFoundError of anything that is raised while it imports."""
+    party, calm = Party(), together.Calm()
+    with calm.kept(), pytest.raises(NodeGone, match=r"^node 0 \(a\) is gone$") as raised:
+        with entered(monkeypatch, calm, party):
+            party.channel.trouble = NodeGone(0, "node 0 (a) is gone")
+            try:
+                os.kill(os.getpid(), 15)
+                time.sleep(30)
+            except NodeGone:
+                raise ModuleNotFoundError("Could not import module 'AutoTokenizer'") from None
+    assert raised.value.__suppress_context__ and party.channel.closed
+
+
+def test_errors_of_this_node_s_own_stay(monkeypatch):
+    party, calm = Party(), together.Calm()
+    with calm.kept(), pytest.raises(UserError, match="^mine$"), entered(monkeypatch, calm, party):
+        raise UserError("mine")
+
+
+def test_a_layout_that_cannot_be_shared_waits_for_nobody(monkeypatch):
+    from pipeline_train import nodes
+
+    monkeypatch.setattr(nodes.Party, "join", lambda *args: pytest.fail("waits"))
+    args = parsed("--nodes", "3", "--node-rank", "0", "--master-addr", "127.0.0.1")
+    config = argparse.Namespace(run=argparse.Namespace(out="o"), world=2)
+    with pytest.raises(UserError, match="^parallel: pipe x data needs 2 processes, which 3 nodes cannot share equally"):
+        with together.joined(args, config, None, together.Calm()):
+            pass
+
+
 @pytest.mark.parametrize("shared, wanted, gathered", [(False, True, True), (True, True, False), (False, False, False)])
 def test_files_are_gathered_for_an_export_where_no_disk_is_shared(monkeypatch, tmp_path, shared, wanted, gathered):
     from pipeline_train import gather
