@@ -3,7 +3,7 @@
     python benchmarks/convert.py --family bloom --blocks 30 --dir /scratch --json out.json
 
 Makes a synthetic bf16 model of that many blocks of the 7B size (bloom: hidden 4096, vocabulary 250880, tied; llama: 11008, 32000),
-then in a process of its own each: cp, from-hf, to-hf, and, with --verify, verify layer by layer. Removes what it made.
+then in a process of its own each: cp, from-hf, to-hf, cp again (the page cache has seen more by then), and, with --verify, verify layer by layer. Removes what it made.
 Peak memory is VmHWM of the process less that of one which only imports the same libraries. A tied head is read once and written
 twice, and a conversion also hashes what it writes (from-hf) or reads (to-hf): cpu_s says what that costs on a busy machine.
 """
@@ -86,7 +86,9 @@ def bench(work: Path, args: argparse.Namespace) -> List[Dict[str, Any]]:
         ("cp", None, model),
         ("from-hf", "from_hf(%r, %r)" % (str(model), str(work / "layers")), model),
         ("to-hf", "to_hf(%r, %r)" % (str(work / "layers"), str(work / "x")), work / "layers"),
+        ("cp", None, model),
     ):
+        os.sync()  # what others wrote is not ours to wait for
         start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         if call is None:
             subprocess.run(["cp", "-r", str(model), str(work / "copy")], check=True)
