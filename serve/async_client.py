@@ -1,11 +1,11 @@
 """The asynchronous client; see ``client``, which exports it."""
 
 import asyncio
-from typing import Any, AsyncIterator, Awaitable, Callable, Dict
+from typing import Any, AsyncIterator, Awaitable, Callable, Dict, Tuple
 
 from . import replies
 from .calls import Ending, Lines, Messages, Settings, chat_body, generate_body, reason
-from .replies import Chat, ChatPiece, ClientError, Generation, GenerationFailed, Piece, TimedOut, Unreachable
+from .replies import Chat, ChatPiece, ClientError, Generation, GenerationFailed, Piece, Place, Templated, TimedOut, Unreachable
 
 
 class AsyncClient(Settings):
@@ -37,6 +37,12 @@ class AsyncClient(Settings):
         async for document in self._events("/v1/chat/completions", chat_body(messages, parameters, True)):
             yield ending(replies.chat_piece_of(document))
         ending.check()
+
+    async def tokenize(self, inputs: str) -> Tuple[Place, ...]:
+        return replies.places_of(await self._json("POST", "/tokenize", {"inputs": inputs, "parameters": {}}))
+
+    async def chat_tokenize(self, messages: Messages) -> Templated:
+        return replies.templated_of(await self._json("POST", "/chat_tokenize", chat_body(messages, {}, False)))
 
     async def health(self) -> bool:
         """Whether the server is up and well, asked once."""

@@ -28,6 +28,8 @@ from .replies import (  # noqa: F401 - the client's vocabulary, importable from 
     NotFound,
     Overloaded,
     Piece,
+    Place,
+    Templated,
     TimedOut,
     Token,
     Unauthorized,
@@ -63,6 +65,14 @@ class Client(Settings):
         for document in self._events("/v1/chat/completions", chat_body(messages, parameters, True)):
             yield ending(replies.chat_piece_of(document))
         ending.check()
+
+    def tokenize(self, inputs: str) -> Tuple[Place, ...]:
+        """The tokens of a prompt as /generate would read it, special ones included (3.3 and the embedded server)."""
+        return replies.places_of(self._json("POST", "/tokenize", {"inputs": inputs, "parameters": {}}))
+
+    def chat_tokenize(self, messages: Messages) -> Templated:
+        """What the server's chat template makes of ``messages`` (3.3 and the embedded server)."""
+        return replies.templated_of(self._json("POST", "/chat_tokenize", chat_body(messages, {}, False)))
 
     def health(self) -> bool:
         """Whether the server is up and well, asked once."""

@@ -94,6 +94,24 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A token of a prompt: its text and where that stands in it, in characters. TGI's fallback tokenizer tells only the id."""
+
+    id: int
+    text: str = ""
+    start: int = 0
+    stop: int = 0
+
+
+@dataclass(frozen=True)
+class Templated:
+    """What a server makes of a conversation: the text of its template and the tokens of that."""
+
+    text: str
+    tokens: Tuple[Place, ...]
+
+
+@dataclass(frozen=True)
 class Chat:
     content: str
     finish_reason: str
@@ -212,6 +230,20 @@ def piece_of(document: Dict[str, Any]) -> Piece:
         details.get("seed"),
         details.get("input_length"),
     )
+
+
+def places_of(document: Any) -> Tuple[Place, ...]:
+    """Body of /tokenize."""
+    if not isinstance(document, list) or not all(isinstance(one, dict) and "id" in one for one in document):
+        raise GenerationFailed("not a list of tokens: %s" % json.dumps(document)[:200])
+    return tuple(Place(one["id"], one.get("text") or "", one.get("start") or 0, one.get("stop") or 0) for one in document)
+
+
+def templated_of(document: Any) -> Templated:
+    """Body of /chat_tokenize."""
+    if not isinstance(document, dict) or "tokenize_response" not in document:
+        raise GenerationFailed("not a tokenized conversation: %s" % json.dumps(document)[:200])
+    return Templated(document.get("templated_text") or "", places_of(document["tokenize_response"]))
 
 
 def chat_of(document: Dict[str, Any]) -> Chat:

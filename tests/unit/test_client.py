@@ -81,6 +81,25 @@ def test_chat_and_its_stream(kind):
 
 
 @both
+def test_tokens_of_a_prompt_and_of_a_conversation(kind):
+    """The fallback tokenizer of 3.3 tells ids only; a server that answers something else is not believed."""
+    listed = b'[{"id":1,"text":"<s>","start":0,"stop":0},{"id":9,"text":"hello","start":0,"stop":5}]'
+    asked = [{"role": "user", "content": "hello"}]
+    with Stub(whole(listed), whole(b'{"tokenize_response":%s,"templated_text":"<s>hello"}' % listed)) as stub:
+        client = kind(stub.url)
+        found = client.call("tokenize", "hello")
+        assert found == (library.Place(1, "<s>", 0, 0), library.Place(9, "hello", 0, 5))
+        assert client.call("chat_tokenize", asked) == library.Templated("<s>hello", found)
+        assert stub.seen[0][:2] == ("/tokenize", {"inputs": "hello", "parameters": {}})
+        assert stub.seen[1][:2] == ("/chat_tokenize", {"model": "tgi", "messages": asked})
+    with Stub(whole(b'{"x":1}')) as stub:
+        with pytest.raises(library.GenerationFailed, match="not a list of tokens"):
+            kind(stub.url).call("tokenize", "hello")
+        with pytest.raises(library.GenerationFailed, match="not a tokenized conversation"):
+            kind(stub.url).call("chat_tokenize", asked)
+
+
+@both
 @pytest.mark.parametrize(
     "first",
     [
