@@ -133,7 +133,9 @@ class _Hall:
         if hello["nodes"] != self.meeting.nodes:
             return "node %d (%s) was started with --nodes %s, node 0 (%s) with --nodes %d" % (
                 node, name, hello["nodes"], self.meeting.name, self.meeting.nodes)  # fmt: skip
-        if not 0 < node < self.meeting.nodes or node in self.links:
+        if not 0 <= node < self.meeting.nodes:
+            return "node %d (%s): with --nodes %d, --node-rank is 0 to %d" % (node, name, self.meeting.nodes, self.meeting.nodes - 1)
+        if node == 0 or node in self.links:
             other = self.links[node].name if node in self.links else self.meeting.name
             return "two launchers are node %d: %s and %s; give each its own --node-rank" % (node, other, name)
         return ""
@@ -167,7 +169,8 @@ def _enter(meeting: Meeting) -> Joined:
     link.start()
     with meeting.changed:
         while link.welcome is None and not link.over:
-            patience.over("%s has answered, waiting for the other nodes" % link)  # node 0 decides how long
+            state = "has answered, waiting for the other nodes" if link.answered else "is connected to, and has not answered yet"
+            patience.over("%s %s" % (link, state))  # node 0 decides how long
             meeting.changed.wait(KNOCK_S)
     welcome = link.welcome or {}
     if welcome.get("kind") == "welcome":

@@ -20,6 +20,7 @@ HEAD = struct.Struct(">4sIQ")  # MAGIC, bytes of JSON, bytes of payload
 MOST = 1 << 26  # bytes of JSON, and of payload
 BEAT_S = 1.0
 SILENT_S = 20.0
+WAKING_S = 5.0  # what is lost so soon after this process was suspended was lost by that
 FAREWELL_S = 2.0  # for last words to arrive
 WINDOW = 4  # messages on their way that the other end has not taken
 CHUNK = 1 << 20
@@ -62,6 +63,11 @@ def _read(sock: socket.socket, length: int, hear: Callable[[], None]) -> bytes:
     return bytes(data)
 
 
+def _clock() -> float:
+    """Seconds, also of the time that the machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
 class Link:
     """The connection to ``node``, called ``name``; ``changed`` is shared by all links of a channel. ``start`` it once both ends
     know each other; ``on_over`` is then called, from the reading thread, when nothing comes any more."""
@@ -77,13 +83,19 @@ class Link:
         self.ended: Optional[Document] = None  # the other end's last words
         self.lost: Optional[str] = None  # why nothing comes any more, if not for that
         self.over = False  # nothing comes any more, and ``on_over`` has been told
-        self.heard = time.monotonic()
+        self.began = self.heard = time.monotonic()
+        self.awake, self.slept, self.slept_s = _clock(), 0.0, 0.0  # when this process last did something; its last long sleep
         self.on_over: Callable[[Link], None] = lambda link: None
         self.quiet = threading.Event()  # ends the beats
         self.threads: List[threading.Thread] = []
 
     def __str__(self) -> str:
         return "node %d (%s)" % (self.node, self.name)
+
+    @property
+    def answered(self) -> bool:
+        """Has anything come since this end listens?"""
+        return self.heard > self.began
 
     def start(self) -> None:
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._follow, self._beat)]
@@ -118,8 +130,15 @@ class Link:
 
     def _beat(self) -> None:
         while not self.quiet.wait(BEAT_S):
+            self._look_at_clock()
             with contextlib.suppress(OSError):  # the reader finds out and says so
                 self.write("beat", {})
+
+    def _look_at_clock(self) -> None:
+        now = _clock()
+        if now - self.awake > SILENT_S / 2:
+            self.slept, self.slept_s = now, now - self.awake
+        self.awake = now
 
     def _follow(self) -> None:
         lost = None
@@ -129,13 +148,16 @@ class Link:
             with contextlib.suppress(OSError):
                 self._no_more()
         except socket.timeout:
-            lost = "has not answered for %.0f s" % SILENT_S
+            lost = "has not answered for %.0f s: it is suspended or overloaded, or the network to it is cut" % SILENT_S
         except EOFError:
             lost = "is gone: its connection was closed, so its pipedock train or its machine has died"
         except (OSError, ValueError) as error:
             lost = "is gone: %s" % (getattr(error, "strerror", None) or error)
         except KeyError:
             lost = "is gone: what came is not pipedock's"
+        self._look_at_clock()
+        if lost is not None and self.slept_s and self.awake - self.slept < WAKING_S:
+            lost = "has gone on without this machine, where pipedock was suspended for %.0f s" % self.slept_s
         self.quiet.set()
         self.lost = lost
         self.on_over(self)

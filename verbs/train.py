@@ -76,7 +76,7 @@ def _train(loaded: Any, args: argparse.Namespace, party: Any, host: Any) -> Dict
     if not leads:
         summary = _launch(prepared, party, None)
         summary.pop("finish", None)
-        checkpoint = str(prepared.out / "checkpoints" / Path(summary["checkpoint"]).name)  # this node's
+        checkpoint = str(prepared.out.resolve() / "checkpoints" / Path(summary["checkpoint"]).name)  # this node's
         return dict(summary, out=out, checkpoint=checkpoint, **_export(prepared, party, True))
     keeper = Keeper(prepared.out, prepared.done, say)
     with exporting.nothing_half_done(prepared.config.export):

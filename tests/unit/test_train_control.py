@@ -145,6 +145,9 @@ def test_launchers_that_do_not_belong_together_are_refused_and_the_right_ones_st
     cluster.start(1, lambda channel: None, name="twin", slot="twin")
     cluster.threads[2].join(20)
     cluster.threads[3].join(20)
+    with knock(cluster.port) as sock:
+        link.write_frame(sock, {"protocol": joining.PROTOCOL, "node": 5, "nodes": 3, "name": "far"})
+        assert link.read_frame(sock)[0]["line"] == "node 5 (far): with --nodes 3, --node-rank is 0 to 2"
     cluster.start(2, lambda channel: channel.exchange({}))
     found = cluster.join()
     assert isinstance(found["four"], UserError)
@@ -261,8 +264,38 @@ def test_a_silent_node_is_a_dead_node(victim, quick):
     began = time.monotonic()
     found = Cluster(2).run(work)
     error = found[1 - victim]
-    assert isinstance(error, NodeGone) and str(error) == "node %d (box%d) has not answered for 2 s" % (victim, victim)
+    assert isinstance(error, NodeGone) and error.node == victim
+    line = "node %d (box%d) has not answered for 2 s: it is suspended or overloaded, or the network to it is cut"
+    assert str(error) == line % (victim, victim)
     assert time.monotonic() - began < 10
+
+
+def test_a_node_that_was_suspended_says_so_and_blames_nobody(quick, monkeypatch):
+    """What it sees on waking is only that the other has left."""
+
+    def work(channel):
+        channel.exchange({})
+        if channel.node == 0:
+            channel.closed = True
+            time.sleep(1.0)
+            channel.links[1].close()
+            return None
+        now = link._clock
+        monkeypatch.setattr(link, "_clock", lambda: now() + 30.0)
+        return channel.exchange({})
+
+    found = Cluster(2).run(work)
+    assert isinstance(found[1], NodeGone)
+    assert str(found[1]) == "node 0 (box0) has gone on without this machine, where pipedock was suspended for 30 s"
+
+
+def test_before_node_0_has_answered_nobody_says_that_it_has(quick):
+    """The kernel takes connections for a program that is busy."""
+    said, port = [], free_port()
+    with socket.create_server(("127.0.0.1", port)):
+        with pytest.raises(RunFailed):
+            Channel.open(1, 3, "127.0.0.1", port, "b", 5.0, said.append)
+    assert said[0] == "node 0 (127.0.0.1) is connected to, and has not answered yet"
 
 
 @pytest.mark.parametrize("error, kind", [(UserError("data.train: no such file"), UserError), (RunFailed("disk full"), RunFailed)])
