@@ -3,7 +3,8 @@
     python benchmarks/convert.py --family bloom --blocks 30 --dir /scratch --json out.json
 
 Makes a synthetic bf16 model of that many blocks of the 7B size (bloom: hidden 4096, vocabulary 250880, tied; llama: 11008, 32000),
-then in a process of its own each: cp, from-hf, to-hf, cp again (the page cache has seen more by then), and, with --verify, verify layer by layer. Removes what it made.
+then in a process of its own each: cp, from-hf, to-hf, cp again (the first is slower on a machine whose memory is new), and, with
+--verify, verify layer by layer. Removes what it made.
 Peak memory is VmHWM of the process less that of one which only imports the same libraries. A tied head is read once and written
 twice, and a conversion also hashes what it writes (from-hf) or reads (to-hf): cpu_s says what that costs on a busy machine.
 """

@@ -134,7 +134,8 @@ class _Hall:
             return "node %d (%s) was started with --nodes %s, node 0 (%s) with --nodes %d" % (
                 node, name, hello["nodes"], self.meeting.name, self.meeting.nodes)  # fmt: skip
         if not 0 <= node < self.meeting.nodes:
-            return "node %d (%s): with --nodes %d, --node-rank is 0 to %d" % (node, name, self.meeting.nodes, self.meeting.nodes - 1)
+            most = self.meeting.nodes
+            return "node %d (%s): with --nodes %d, --node-rank is 0 to %d" % (node, name, most, most - 1)
         if node == 0 or node in self.links:
             other = self.links[node].name if node in self.links else self.meeting.name
             return "two launchers are node %d: %s and %s; give each its own --node-rank" % (node, other, name)
