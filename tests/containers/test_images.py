@@ -234,7 +234,7 @@ def test_a_wheel_with_another_hash_stops_the_installation(monkeypatch, tmp_path)
 
 
 def test_engines_are_pinned_by_tag_and_no_digest_is_invented():
-    engines = json.loads((IMAGES / "engines.json").read_text())["engines"]
+    engines = json.loads((ROOT / "serve/engines.json").read_text())["engines"]
     assert {(e["engine"], e["version"]) for e in engines} >= {("tgi", "0.8"), ("tgi", "3.3")} and "vllm" in {
         e["engine"] for e in engines
     }

@@ -27,6 +27,7 @@ ROWS = [
 ]  # fmt: skip
 EXPORT_MAY = {"errors", "families", "manifest", "proof", "host", "config", "models", "weights", "data.template"}
 SERVE_MAY = {"errors", "families", "manifest", "proof", "config", "compat", "data.template"}
+LIMITS_MAY = {"errors", "families", "plan"}  # serve/limits: what a bare Python can import
 LIBRARIES = {  # library -> where it may be imported
     "deepspeed": tuple("pipeline_train/%s.py" % name for name in ("compat", "stages", "engine", "optimizer"))
     + ("serve/ds_generate.py",),
@@ -100,6 +101,7 @@ def test_layers_point_down(path):
 @pytest.mark.parametrize("path", [p for p in files() if p.parts[0] in ("export", "serve")], ids=str)
 def test_export_and_serve_stay_beside(path):
     may, other = (EXPORT_MAY, "serve") if path.parts[0] == "export" else (SERVE_MAY, "export")
+    may = LIMITS_MAY if path.parts[:2] == ("serve", "limits") else may
     used = {n for n in modules(imported(path)) if not any(n == m or n.startswith(m + ".") for m in may)}
     assert not used, "%s imports %s" % (path, used)
     assert not [n for n in imported(path) if n.split(".")[0] in (other, "verbs", "pipedock")]
@@ -118,7 +120,7 @@ def test_no_torch_where_planning_and_validation_live():
 
 @pytest.mark.parametrize("module", [
     "pipeline_train.families", "pipeline_train.plan", "pipeline_train.manifest", "pipeline_train.manifest_values",
-    "pipeline_train.proof", "export.naming",
+    "pipeline_train.proof", "export.naming", "serve.limits",
 ])  # fmt: skip
 def test_runs_in_a_bare_venv(module):
     """-S -I leaves only the standard library: no site-packages at all."""
