@@ -1,16 +1,23 @@
-"""What the synchronous and the asynchronous client share: settings, request bodies, pauses, and the reading of lines."""
+"""What the synchronous and the asynchronous client share: settings, the server's dialect, pauses, and the reading of lines."""
 
 import codecs
+import logging
 import os
 import random
 import time
-from typing import Any, Dict, Iterator, List, Optional, TypeVar
+from typing import Any, Callable, Iterator, List, Optional, Union
 
-from .replies import ChatPiece, ClientError, GenerationFailed, Overloaded, Piece, TimedOut, Unavailable, Unreachable
+from .dialects import Call, Tgi
+from .results import ClientError, Invalid, NotFound, Overloaded, TimedOut, Unavailable, Unreachable
+from .vllm import Vllm, name_of, room_of
 
-Messages = List[Dict[str, Any]]
+LOG = logging.getLogger("pipedock.client")
+MISSING = (NotFound,)
+OTHER = (NotFound, Invalid)  # of /tokenize, which is there at both and wants other bodies
 TEMPORARY = (Overloaded, Unavailable, Unreachable)
-P = TypeVar("P", Piece, ChatPiece)
+FOREVER = float("inf")
+PATIENCE_S = 60.0  # the longest pause that a server may ask for
+Dialect = Union[Tgi, Vllm]
 
 
 class Settings:
@@ -24,23 +31,40 @@ class Settings:
         deadline: Optional[float] = None,
         retries: int = 5,
         backoff: float = 0.25,
+        say: Callable[[str], None] = LOG.info,
     ) -> None:
-        """``timeout``: seconds to wait for a connection and for each next byte; ``deadline``: seconds for a whole call, retries
-        included (looked at between reads); ``retries``: how often more; ``backoff``: first pause in seconds, doubled up to 8,
-        with jitter."""
+        """``url``: http://HOST:PORT, with or without /v1 behind it; ``timeout``: seconds to wait for a connection and for each
+        next byte; ``deadline``: seconds for a whole call, retries included; ``retries``: how often more; ``backoff``: first
+        pause in seconds, doubled up to 8, with jitter; ``say`` is told once when the server turns out to be of another kind."""
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("%s: expected http://HOST:PORT" % url)
         self.url = url.rstrip("/")
+        self.url = self.url[:-3] if self.url.endswith("/v1") else self.url
+        self.dialect: Dialect = Tgi()
+        self._say = say
         self.timeout, self.deadline, self.retries, self.backoff = timeout, deadline, retries, backoff
         self.headers = {"Authorization": "Bearer " + api_key} if api_key else {}
 
     def end(self) -> float:
-        return time.monotonic() + self.deadline if self.deadline else float("inf")
+        return time.monotonic() + self.deadline if self.deadline else FOREVER
 
     def pause(self, attempt: int, error: ClientError, end: float) -> float:
         """Seconds before the next attempt; raises ``error`` when there is none."""
         seconds = min(8.0, self.backoff * 2**attempt) * random.uniform(0.5, 1.0)
+        seconds = max(seconds, min(error.retry_after, PATIENCE_S))
         if attempt >= self.retries or time.monotonic() + seconds > end or not isinstance(error, TEMPORARY):
             raise error
         return seconds
+
+    def adopt(self, error: ClientError, models: Any, version: Any) -> None:
+        """``error``: a route is missing, or another one of its name refuses the request. If the server has OpenAI's routes, its
+        dialect is spoken from now on, else ``error`` is raised. ``models`` and ``version``: what GET /v1/models and GET /version
+        (vLLM's alone) answer, None when they do not."""
+        listed = models.get("data") if isinstance(models, dict) else None
+        if not isinstance(self.dialect, Tgi) or not listed or (version is None and not isinstance(error, NotFound)):
+            raise error
+        self.dialect = Vllm(str(listed[0]["id"]), name_of(version))
+        self._say("%s: %s, which has no /generate; asked through its /v1 routes" % (self.url, self.dialect.name))
 
     def wait(self, end: float) -> float:
         """Seconds that reading may take now."""
@@ -50,15 +74,10 @@ class Settings:
         return min(self.timeout, left)
 
 
-def generate_body(inputs: str, parameters: Dict[str, Any]) -> Dict[str, Any]:
-    """``parameters`` is always there: without it, 3.3 samples."""
-    given = {"details": True, **{name: value for name, value in parameters.items() if value is not None}}
-    return {"inputs": inputs, "parameters": given}
-
-
-def chat_body(messages: Messages, parameters: Dict[str, Any], stream: bool) -> Dict[str, Any]:
-    body = {"model": "tgi", "messages": messages, **{name: value for name, value in parameters.items() if value is not None}}
-    return {**body, "stream": True, "stream_options": {"include_usage": True}} if stream else body
+def roomed(call: Call, found: Any) -> Call:
+    """``call`` with the number of tokens that its prompt leaves; ``found``: what /tokenize said, or None."""
+    room = room_of(found)
+    return call if room is None else call._replace(body={**call.body, "max_tokens": room})
 
 
 class Lines:
@@ -71,22 +90,6 @@ class Lines:
     def add(self, chunk: bytes) -> Iterator[str]:
         *whole, self._rest = (self._rest + self._decoder.decode(chunk)).split("\n")
         yield from whole
-
-
-class Ending:
-    """Sees the pieces of a stream pass and says at the end whether the last one was there."""
-
-    def __init__(self) -> None:
-        self._seen = False
-
-    def __call__(self, piece: P) -> P:
-        done = piece.generated_text is not None if isinstance(piece, Piece) else piece.finish_reason is not None
-        self._seen = self._seen or done
-        return piece
-
-    def check(self) -> None:
-        if not self._seen:
-            raise GenerationFailed("the stream ended before the answer did")
 
 
 def reason(error: BaseException) -> str:

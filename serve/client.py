@@ -1,4 +1,4 @@
-"""Clients for servers that speak text-generation-inference's contract, 0.8 to 3.3: the embedded one and the original.
+"""Clients for servers that speak text-generation-inference's contract, 0.8 to 3.3 (the embedded one and the original), and vLLM.
 
     client = Client("http://127.0.0.1:8082")
     print(client.generate("### Human: hello\\n### Assistant:", max_new_tokens=20).text)
@@ -8,17 +8,19 @@
 
 ``AsyncClient`` has the same methods as coroutines and async iterators. What can pass (429, 502-504, connection refused while a
 server loads) is tried again with growing pauses; nothing is repeated once a token has arrived. All else is a ``ClientError``.
+A server without /generate that lists models under /v1 is spoken to through its OpenAI routes from then on, which is said once.
 """
 
 import time
-from typing import Any, Callable, Dict, Iterator, Tuple
+from typing import Any, Callable, Dict, Iterator, Tuple, Type
 
 import requests
 
 from . import replies
 from .async_client import AsyncClient  # noqa: F401
-from .calls import Ending, Lines, Messages, Settings, chat_body, generate_body, reason
-from .replies import (  # noqa: F401 - the client's vocabulary, importable from here
+from .calls import FOREVER, MISSING, OTHER, Dialect, Lines, Settings, reason, roomed
+from .dialects import Call, Messages, understood
+from .results import (  # noqa: F401 - the client's vocabulary, importable from here
     Chat,
     ChatPiece,
     ClientError,
@@ -49,30 +51,25 @@ class Client(Settings):
         self._session.headers.update(self.headers)
 
     def generate(self, inputs: str, **parameters: Any) -> Generation:
-        return replies.generation_of(self._json("POST", "/generate", generate_body(inputs, parameters)))
+        return self._whole(lambda dialect: dialect.generate(inputs, parameters, False))
 
     def generate_stream(self, inputs: str, **parameters: Any) -> Iterator[Piece]:
-        ending = Ending()
-        for document in self._events("/generate_stream", generate_body(inputs, parameters)):
-            yield ending(replies.piece_of(document))
-        ending.check()
+        """Closing the iterator, or an exception (Ctrl-C) while it is read, closes the connection, which stops the server."""
+        return self._pieces(lambda dialect: dialect.generate(inputs, parameters, True))
 
     def chat(self, messages: Messages, **parameters: Any) -> Chat:
-        return replies.chat_of(self._json("POST", "/v1/chat/completions", chat_body(messages, parameters, False)))
+        return self._whole(lambda dialect: dialect.chat(messages, parameters, False))
 
     def chat_stream(self, messages: Messages, **parameters: Any) -> Iterator[ChatPiece]:
-        ending = Ending()
-        for document in self._events("/v1/chat/completions", chat_body(messages, parameters, True)):
-            yield ending(replies.chat_piece_of(document))
-        ending.check()
+        return self._pieces(lambda dialect: dialect.chat(messages, parameters, True))
 
     def tokenize(self, inputs: str) -> Tuple[Place, ...]:
-        """The tokens of a prompt as /generate would read it, special ones included (3.3 and the embedded server)."""
-        return replies.places_of(self._json("POST", "/tokenize", {"inputs": inputs, "parameters": {}}))
+        """The tokens of a prompt as the server would read it, special ones included (not at 0.8)."""
+        return self._whole(lambda dialect: dialect.tokenize(inputs), OTHER)
 
     def chat_tokenize(self, messages: Messages) -> Templated:
-        """What the server's chat template makes of ``messages`` (3.3 and the embedded server)."""
-        return replies.templated_of(self._json("POST", "/chat_tokenize", chat_body(messages, {}, False)))
+        """What the server's chat template makes of ``messages`` (not at 0.8; vLLM tells ids only)."""
+        return self._whole(lambda dialect: dialect.chat_tokenize(messages))
 
     def health(self) -> bool:
         """Whether the server is up and well, asked once."""
@@ -83,7 +80,15 @@ class Client(Settings):
             return False
 
     def info(self) -> Dict[str, Any]:
-        return dict(self._json("GET", "/info", None))
+        return dict(self._json("GET", "/info", None, self.end()))
+
+    def wait_ready(self, seconds: float = 600.0) -> None:
+        """Return when the server is up and well, asking about every half second; TimedOut."""
+        end = time.monotonic() + seconds
+        while not self.health():
+            if time.monotonic() > end:
+                raise TimedOut("%s: not ready within %g s" % (self.url, seconds))
+            time.sleep(0.5)
 
     def close(self) -> None:
         self._session.close()
@@ -94,30 +99,66 @@ class Client(Settings):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _json(self, method: str, path: str, body: Any) -> Any:
+    def _whole(self, make: Callable[[Dialect], Call], strange: Tuple[Type[ClientError], ...] = MISSING) -> Any:
         def once(end: float) -> Any:
+            call = self._call(make, end)
+            return understood(call.read, self._json("POST", call.path, call.body, end))
+
+        return self._taught(once, strange)
+
+    def _pieces(self, make: Callable[[Dialect], Call]) -> Iterator[Any]:
+        def begun(end: float) -> Tuple[Any, requests.Response, Iterator[Dict[str, Any]], Dict[str, Any]]:
+            call = self._call(make, end)
+            return (call.pieces(), *self._begin(call.path, call.body, end))
+
+        pieces, response, documents, first = self._taught(begun)
+        with response:
+            if first:
+                yield from pieces.add(first)
+            for document in documents:
+                yield from pieces.add(document)
+            yield from pieces.end()
+
+    def _call(self, make: Callable[[Dialect], Call], end: float) -> Call:
+        call = make(self.dialect)
+        return call if call.room is None else roomed(call, self._maybe("POST", "/tokenize", call.room, end))
+
+    def _taught(self, once: Callable[[float], Any], strange: Tuple[Type[ClientError], ...] = MISSING) -> Any:
+        """``once(end)``, and again if an error of the ``strange`` kinds comes from a server of another kind."""
+        end = self.end()
+        try:
+            return once(end)
+        except strange as error:
+            self.adopt(error, self._maybe("GET", "/v1/models", None, end), self._maybe("GET", "/version", None, end))
+            return once(end)
+
+    def _maybe(self, method: str, path: str, body: Any, end: float) -> Any:
+        """The answer of a route that may be missing, or None."""
+        try:
+            return self._json(method, path, body, end)
+        except ClientError:
+            return None
+
+    def _json(self, method: str, path: str, body: Any, end: float = FOREVER) -> Any:
+        def once() -> Any:
             with self._open(method, path, body, end) as response:
                 return replies.document(b"".join(self._chunks(response, end)), self.url + path)
 
-        return self._again(once)
+        return self._again(once, end)
 
-    def _events(self, path: str, body: Any) -> Iterator[Dict[str, Any]]:
-        """Retries until the first event is there: an overloaded server says so inside the stream."""
+    def _begin(self, path: str, body: Any, end: float) -> Tuple[requests.Response, Iterator[Dict[str, Any]], Dict[str, Any]]:
+        """A stream with its first document. Retries until that is there: an overloaded server says so inside the stream."""
 
-        def once(end: float) -> Tuple[requests.Response, Iterator[Dict[str, Any]], Dict[str, Any]]:
+        def once() -> Tuple[requests.Response, Iterator[Dict[str, Any]], Dict[str, Any]]:
             response = self._open("POST", path, body, end)
             try:
                 stream = self._documents(response, end)
                 return response, stream, next(stream, {})
-            except ClientError:
+            except BaseException:
                 response.close()
                 raise
 
-        response, stream, first = self._again(once)
-        with response:
-            if first:
-                yield first
-            yield from stream
+        return self._again(once, end)
 
     def _documents(self, response: requests.Response, end: float) -> Iterator[Dict[str, Any]]:
         lines = Lines()
@@ -128,23 +169,30 @@ class Client(Settings):
                     yield document
 
     def _chunks(self, response: requests.Response, end: float) -> Iterator[bytes]:
-        """The body as it arrives."""
+        """The body as it arrives. Each read may take what is left of the deadline: a socket's timeout does not shrink by itself."""
+        connection = getattr(response.raw, "connection", None)
+        socket = getattr(connection, "sock", None)  # None when the server closes after this answer: one read may then be too long
+        chunks = response.iter_content(None)
         try:
-            for chunk in response.iter_content(None):
+            while True:
+                if socket is not None:
+                    socket.settimeout(self.wait(end))
+                chunk = next(chunks, None)
+                if chunk is None:
+                    return
                 self.wait(end)
                 yield chunk
-        except requests.ConnectionError as error:  # a pause that was too long comes out as this, too
-            if "timed out" in str(error).lower():
+        except requests.RequestException as error:
+            self.wait(end)
+            if "timed out" in str(error).lower():  # a pause that was too long comes as a ConnectionError
                 raise TimedOut("%s: nothing for %g s" % (self.url, self.timeout)) from None
             raise GenerationFailed("%s: the answer broke off (%s)" % (self.url, reason(error))) from None
-        except requests.RequestException as error:
-            raise GenerationFailed("%s: the answer broke off (%s)" % (self.url, reason(error))) from None
 
-    def _again(self, once: Callable[[float], Any]) -> Any:
-        end, attempt = self.end(), 0
+    def _again(self, once: Callable[[], Any], end: float) -> Any:
+        attempt = 0
         while True:
             try:
-                return once(end)
+                return once()
             except ClientError as error:
                 time.sleep(self.pause(attempt, error, end))
                 attempt += 1
@@ -153,10 +201,12 @@ class Client(Settings):
         try:
             response = self._session.request(method, self.url + path, json=body, stream=True, timeout=self.wait(end))
         except requests.Timeout:
+            self.wait(end)
             raise TimedOut("%s: no answer within %g s" % (self.url, self.timeout)) from None
         except requests.RequestException as error:
             raise Unreachable("%s: %s" % (self.url, reason(error))) from None
         if response.status_code != 200:
             with response:
-                raise replies.error_of(response.status_code, b"".join(self._chunks(response, end)))
+                text = b"".join(self._chunks(response, end))
+            raise replies.error_of(response.status_code, text, response.headers.get("retry-after", ""))
         return response

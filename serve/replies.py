@@ -1,134 +1,27 @@
-"""What a server answers, as typed values: whole answers, stream events and errors of text-generation-inference 0.8 to 3.3.
+"""Bytes of a server -> ``results``: answers, stream events and errors of text-generation-inference 0.8 to 3.3; errors of vLLM.
 
 No network here: ``client`` brings the bytes.
 """
 
 import json
-from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple, Type
 
-
-class ClientError(Exception):
-    """A request that did not work out. ``status``: HTTP code or None; ``kind``: the server's error_type or None."""
-
-    def __init__(self, message: str, status: Optional[int] = None, kind: Optional[str] = None) -> None:
-        super().__init__(message)
-        self.status, self.kind = status, kind
-
-
-class Unreachable(ClientError):
-    """No connection, or it broke."""
-
-
-class TimedOut(ClientError):
-    """The server did not answer within the client's time."""
-
-
-class Overloaded(ClientError):
-    """429: too many requests at once. Repeating later helps."""
-
-
-class Unavailable(ClientError):
-    """502, 503 or 504: not ready, or not healthy. Repeating later helps."""
-
-
-class Invalid(ClientError):
-    """The server refuses this request: 400, 413, 415, 422, or error_type validation, template_error, tool_error."""
-
-
-class Unauthorized(ClientError):
-    """401 or 403: the API key is missing or wrong."""
-
-
-class NotFound(ClientError):
-    """404 or 405: this server has no such route (chat needs version 1.4)."""
-
-
-class GenerationFailed(ClientError):
-    """The model failed while generating, or the stream ended too early."""
-
-
-@dataclass(frozen=True)
-class Token:
-    id: int
-    text: str
-    logprob: Optional[float]
-    special: bool = False
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A whole answer. ``tokens`` and what follows are empty when details were not asked for; ``seed`` None: greedy."""
-
-    text: str
-    finish_reason: str = ""
-    generated_tokens: int = 0
-    seed: Optional[int] = None
-    tokens: Tuple[Token, ...] = ()
-    prefill: Tuple[Token, ...] = ()
-    top_tokens: Tuple[Tuple[Token, ...], ...] = ()
-    others: Tuple["Generation", ...] = ()
-
-    @property
-    def generated_text(self) -> str:
-        """``text`` by the name it has on the wire and in TGI's own client."""
-        return self.text
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One token of a stream. The last one has ``generated_text`` and, from servers that tell, ``finish_reason`` and counts."""
-
-    token: Token
-    top_tokens: Tuple[Token, ...] = ()
-    generated_text: Optional[str] = None
-    finish_reason: Optional[str] = None
-    generated_tokens: Optional[int] = None
-    seed: Optional[int] = None
-    input_length: Optional[int] = None
-
-    @property
-    def text(self) -> str:
-        """What to show: special tokens show nothing."""
-        return "" if self.token.special else self.token.text
-
-
-@dataclass(frozen=True)
-class Place:
-    """A token of a prompt: its text and where that stands in it, in characters. TGI's fallback tokenizer tells only the id."""
-
-    id: int
-    text: str = ""
-    start: int = 0
-    stop: int = 0
-
-
-@dataclass(frozen=True)
-class Templated:
-    """What a server makes of a conversation: the text of its template and the tokens of that."""
-
-    text: str
-    tokens: Tuple[Place, ...]
-
-
-@dataclass(frozen=True)
-class Chat:
-    content: str
-    finish_reason: str
-    model: str = ""
-    prompt_tokens: Optional[int] = None
-    completion_tokens: Optional[int] = None
-
-
-@dataclass(frozen=True)
-class ChatPiece:
-    """A piece of a streamed chat answer; counts come with a last piece without text."""
-
-    text: str = ""
-    finish_reason: Optional[str] = None
-    prompt_tokens: Optional[int] = None
-    completion_tokens: Optional[int] = None
-
+from .results import (
+    Chat,
+    ChatPiece,
+    ClientError,
+    Generation,
+    GenerationFailed,
+    Invalid,
+    NotFound,
+    Overloaded,
+    Piece,
+    Place,
+    Templated,
+    Token,
+    Unauthorized,
+    Unavailable,
+)
 
 KINDS: Dict[str, Type[ClientError]] = {
     "validation": Invalid,
@@ -150,18 +43,26 @@ CODES: Dict[int, Type[ClientError]] = {
     503: Unavailable,
     504: Unavailable,
 }
+STARTS: Tuple[Tuple[str, Type[ClientError]], ...] = (
+    ("Model is overloaded", Overloaded),
+    ("Request failed during generation", GenerationFailed),
+    ("Incomplete generation", GenerationFailed),
+)
 
 
-def error_of(status: int, body: bytes) -> ClientError:
-    """The exception for a refused request; ``body``: JSON of the contract, plain text, or empty."""
+def error_of(status: int, body: bytes, retry_after: str = "") -> ClientError:
+    """The exception for a refused request; ``body``: JSON of the contract or of vLLM, plain text, or empty; ``retry_after``: that
+    header, of which seconds are understood and dates are not."""
     text = body.decode("utf-8", "replace").strip()
     found = _json(text)
-    if isinstance(found, dict) and "error" in found:
-        return _typed(found, status)
-    kind_of = CODES.get(status, Invalid if 400 <= status < 500 else ClientError)
-    if text[:1] == "<":  # a web page: nothing of ours
-        text = "an HTML page with code %d; is this another server's port?" % status
-    return kind_of(text[:2000] or "the server answered %d without a text" % status, status)
+    error = _typed(found, status) if isinstance(found, dict) else None
+    if error is None:
+        kind_of = _by_code(status)
+        if text[:1] == "<":  # a web page: nothing of ours
+            text = "an HTML page with code %d; is this another server's port?" % status
+        error = kind_of(text[:2000] or "the server answered %d without a text" % status, status)
+    error.retry_after = float(retry_after) if retry_after.isdigit() else 0.0
+    return error
 
 
 def document(body: bytes, where: str) -> Any:
@@ -173,14 +74,26 @@ def document(body: bytes, where: str) -> Any:
     return found
 
 
-def _typed(document: Dict[str, Any], status: Optional[int]) -> ClientError:
-    error, kind = document["error"], document.get("error_type")
-    if isinstance(error, dict):  # the form of the /v1 routes: the code is there, the type is not
-        text, code = str(error.get("message")), error.get("http_status_code")
-        known = Overloaded if text == "Model is overloaded" else CODES.get(code or 0, Invalid if code == 422 else ClientError)
-        return known(text, status or code, kind)
-    made = KINDS.get(str(kind)) or CODES.get(status or 0) or (Invalid if status and 400 <= status < 500 else ClientError)
-    return made(str(error), status, kind)
+def _typed(document: Dict[str, Any], status: Optional[int]) -> Optional[ClientError]:
+    """The error that a document tells of, None if it tells of none. In a stream ``status`` is None: it is 200 whatever happens."""
+    error, kind = document.get("error"), document.get("error_type")
+    if document.get("object") == "error":  # vLLM up to 0.10: the same without a box around it
+        error = document
+    if isinstance(error, dict):  # the form of the /v1 routes; the original's code there is 422 whatever happened
+        text = str(error.get("message"))
+        code = status or error.get("http_status_code") or error.get("code")
+        known = next((made for start, made in STARTS if text.startswith(start)), None)
+        return (known or _by_code(code))(text, code, kind or error.get("type"))
+    if error:
+        return (KINDS.get(str(kind)) or _by_code(status))(str(error), status, kind)
+    if status and "detail" in document:  # FastAPI's own answers, behind which vLLM stands
+        return _by_code(status)(str(document["detail"]), status)
+    return None
+
+
+def _by_code(code: Any) -> Type[ClientError]:
+    refused = isinstance(code, int) and 400 <= code < 500
+    return CODES.get(code, Invalid if refused else ClientError) if isinstance(code, int) else ClientError
 
 
 def event(line: str) -> Optional[Dict[str, Any]]:
@@ -193,8 +106,9 @@ def event(line: str) -> Optional[Dict[str, Any]]:
     found = _json(text)
     if not isinstance(found, dict):
         raise GenerationFailed("the server sent an event that is no JSON object: %s" % text[:200])
-    if "error" in found:
-        raise _typed(found, None)  # the HTTP code of a stream is 200 whatever happens in it
+    error = _typed(found, None)
+    if error is not None:
+        raise error
     return found
 
 

@@ -1,0 +1,81 @@
+"""How a wish becomes a request and its answer a value, for servers with text-generation-inference's routes; for vLLM see ``vllm``.
+
+A dialect has ``generate``, ``chat``, ``tokenize`` and ``chat_tokenize``, each -> Call; the clients send it.
+"""
+
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
+
+from . import replies
+from .results import ChatPiece, GenerationFailed, Piece
+
+Messages = List[Dict[str, Any]]
+
+
+class Call(NamedTuple):
+    """``read``: the JSON of a whole answer -> value; ``pieces``: a fresh reader of a stream's documents. ``room``: a body for
+    /tokenize, whose answer says how many tokens are left for the answer (``max_tokens``), when the server has to be told."""
+
+    path: str
+    body: Dict[str, Any]
+    read: Callable[[Any], Any]
+    pieces: Any = None
+    room: Optional[Dict[str, Any]] = None
+
+
+class Pieces:
+    """Documents of a stream -> pieces. ``end`` says what was held back, or that the last piece never came."""
+
+    def __init__(self, read: Callable[[Dict[str, Any]], Union[Piece, ChatPiece]]) -> None:
+        self._read, self._seen = read, False
+
+    def add(self, document: Dict[str, Any]) -> List[Any]:
+        piece = understood(self._read, document)
+        done = piece.generated_text if isinstance(piece, Piece) else piece.finish_reason
+        self._seen = self._seen or done is not None
+        return [piece]
+
+    def end(self) -> List[Any]:
+        if not self._seen:
+            raise GenerationFailed("the stream ended before the answer did")
+        return []
+
+
+class Tgi:
+    """text-generation-inference 0.8 to 3.3, and the embedded server."""
+
+    name = "text-generation-inference"
+
+    def generate(self, inputs: str, parameters: Dict[str, Any], stream: bool) -> Call:
+        """``parameters`` is always sent: without it, 3.3 samples."""
+        body = {"inputs": inputs, "parameters": {"details": True, **given(parameters)}}
+        path = "/generate_stream" if stream else "/generate"
+        return Call(path, body, replies.generation_of, lambda: Pieces(replies.piece_of))
+
+    def chat(self, messages: Messages, parameters: Dict[str, Any], stream: bool) -> Call:
+        return chat_call("tgi", messages, parameters, stream)
+
+    def tokenize(self, inputs: str) -> Call:
+        return Call("/tokenize", {"inputs": inputs, "parameters": {}}, replies.places_of)
+
+    def chat_tokenize(self, messages: Messages) -> Call:
+        return Call("/chat_tokenize", {"model": "tgi", "messages": messages}, replies.templated_of)
+
+
+def chat_call(model: str, messages: Messages, parameters: Dict[str, Any], stream: bool) -> Call:
+    """The chat route is the same everywhere, but for the model's name."""
+    body = {"model": model, "messages": messages, **given(parameters)}
+    if stream:
+        body.update(stream=True, stream_options={"include_usage": True})
+    return Call("/v1/chat/completions", body, replies.chat_of, lambda: Pieces(replies.chat_piece_of))
+
+
+def given(parameters: Dict[str, Any]) -> Dict[str, Any]:
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def understood(read: Callable[[Any], Any], document: Any) -> Any:
+    """``read(document)``; GenerationFailed when the document is of another kind than it should be."""
+    try:
+        return read(document)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise GenerationFailed("not an answer of a text generation server: %.200s" % document) from error
