@@ -28,6 +28,7 @@ ROWS = [
 EXPORT_MAY = {"errors", "families", "manifest", "proof", "host", "config", "models", "weights", "data.template"}
 SERVE_MAY = {"errors", "families", "manifest", "proof", "config", "compat", "data.template"}
 LIMITS_MAY = {"errors", "families", "plan"}  # serve/limits: what a bare Python can import
+PROVE_MAY = SERVE_MAY | {"data.records", "data.encode"}  # serve/prove compares a server with training itself
 LIBRARIES = {  # library -> where it may be imported
     "deepspeed": tuple("pipeline_train/%s.py" % name for name in ("compat", "stages", "engine", "optimizer"))
     + ("serve/ds_generate.py",),
@@ -38,9 +39,9 @@ LIBRARIES = {  # library -> where it may be imported
         "export/",
         "serve/embedded/",
         "serve/ds_generate.py",
-        "serve/prove.py",
+        "serve/prove/",
     ),
-    "torch": ("pipeline_train/", "export/", "serve/embedded/", "serve/ds_generate.py"),
+    "torch": ("pipeline_train/", "export/", "serve/embedded/", "serve/ds_generate.py", "serve/prove/"),
     "docker": ("serve/",),
 }
 NO_TORCH = tuple("pipeline_train/" + name for name in (
@@ -101,6 +102,7 @@ def test_layers_point_down(path):
 @pytest.mark.parametrize("path", [p for p in files() if p.parts[0] in ("export", "serve")], ids=str)
 def test_export_and_serve_stay_beside(path):
     may, other = (EXPORT_MAY, "serve") if path.parts[0] == "export" else (SERVE_MAY, "export")
+    may = PROVE_MAY if path.parts[:2] == ("serve", "prove") else may
     may = LIMITS_MAY if path.parts[:2] == ("serve", "limits") else may
     used = {n for n in modules(imported(path)) if not any(n == m or n.startswith(m + ".") for m in may)}
     assert not used, "%s imports %s" % (path, used)
