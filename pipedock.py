@@ -28,6 +28,7 @@ VERBS = {
     "gather": "verbs.gather",
     "serve": "verbs.serve",
     "ask": "verbs.ask",
+    "prove": "verbs.prove",
 }
 
 
