@@ -26,9 +26,11 @@ VERBS = {
     "to-hf": "verbs.to_hf",
     "verify": "verbs.verify",
     "gather": "verbs.gather",
+    "check": "verbs.check",
     "serve": "verbs.serve",
     "ask": "verbs.ask",
     "prove": "verbs.prove",
+    "bench": "verbs.bench",
 }
 
 

@@ -3,12 +3,16 @@
     config, files, nbytes = look("exports/my-model")
     verdict = judge(Question(config, "tgi", "3.3", shards=2, gpu="t4", files=files, nbytes=nbytes, where="exports/my-model"))
 
-Lowest first: ``question`` (asked and answered), ``engines`` (versions, images), ``sizes`` (of any config.json), ``folder`` (what
-lies there), ``split`` (shard counts), ``judge``.
+Lowest first: ``question`` (asked and answered), ``engines`` (versions, images), ``sizes`` (of any config.json), ``tensors``,
+``folder`` (what lies there), ``gpus`` (cards, drivers), ``split`` (shard counts), ``memory``, ``case`` (a question with what follows
+from it); then the rules, ``shapes``, ``files``, ``room``, and ``judge``, which applies them all.
 """
 
+from pipeline_train.plan.cards import card_here
+
 from .folder import look
+from .gpus import count_here, driver_here
 from .judge import judge
 from .question import Files, Question, Verdict
 
-__all__ = ["Files", "Question", "Verdict", "judge", "look"]
+__all__ = ["Files", "Question", "Verdict", "card_here", "count_here", "driver_here", "judge", "look"]

@@ -2,42 +2,100 @@
 
 import json
 import os
-from typing import Any, Dict, FrozenSet, List, Optional, Tuple
+import shlex
+from typing import Any, Dict, FrozenSet, Iterable, List, Optional, Tuple
 
 from pipeline_train import families
 from pipeline_train.errors import UserError
 
+from . import tensors
 from .question import Files
+
+EMBEDDINGS = ("word_embeddings.weight", "transformer.word_embeddings.weight")  # bloom's, where a head of its own is a question
 
 
 def look(model_dir: str) -> Tuple[Dict[str, Any], Files, int]:
-    """-> (config.json, what there is, bytes of the weights). Raises UserError when it is no model folder or cannot be read."""
+    """-> (config.json, what there is, bytes of the weights). Reads headers, and both tensors of a bloom that has a head beside its
+    embedding. Raises UserError when it is no model folder or cannot be read."""
     if not os.path.isdir(model_dir):
         raise UserError("--model %s: no such folder" % model_dir)
-    names = tuple(sorted(os.listdir(model_dir)))
-    if "manifest.json" in names and "layer_000.safetensors" in names:
-        raise UserError("--model %s: pipeline weights; export them first: pipedock to-hf --input %s --output DIR" % (
-            model_dir, model_dir))  # fmt: skip
-    config = families.read_config(model_dir)
-    files = Files(names)
-    tensors = [_tensors(os.path.join(model_dir, name)) for name in files.ending(".safetensors")]
-    weights = files.ending(".safetensors") or files.ending(".bin")
-    nbytes = sum(os.path.getsize(os.path.join(model_dir, name)) for name in weights)
-    return config, Files(names, _union(tensors)), nbytes
+    try:
+        names = tuple(sorted(os.listdir(model_dir)))
+    except OSError as error:
+        raise UserError("--model %s: cannot be read: %s" % (model_dir, error.strerror)) from None
+    if "manifest.json" in names and not any(name.startswith("model") and name.endswith(".safetensors") for name in names):
+        quoted = shlex.quote(model_dir)
+        raise UserError(
+            "--model %s: pipeline weights; export them first: pipedock to-hf --input %s --output DIR" % (model_dir, quoted)
+        )
+    config, plain = families.read_config(model_dir), Files(names)
+    spans = [tensors.of_safetensors(os.path.join(model_dir, name)) for name in plain.ending(".safetensors")]
+    bins = [tensors.of_bin(os.path.join(model_dir, name)) for name in plain.ending(".bin")]
+    files = Files(
+        names,
+        _union(spans),
+        _union(bins),
+        tuple(_missing(model_dir, names)),
+        _same_head(spans),
+        _merge_pairs(os.path.join(model_dir, "tokenizer.json")),
+        _chat_template(model_dir, names),
+    )
+    weights = plain.ending(".safetensors") or plain.ending(".bin")
+    return config, files, sum(_size(os.path.join(model_dir, name)) for name in weights)
 
 
-def _union(parts: List[Optional[FrozenSet[str]]]) -> Optional[FrozenSet[str]]:
+def _union(parts: List[Any]) -> Optional[FrozenSet[str]]:
+    """All names, None when those of one file are not known."""
     if not parts or any(part is None for part in parts):
         return None
-    return frozenset().union(*[part for part in parts if part is not None])
+    return frozenset(name for part in parts for name in part)
 
 
-def _tensors(path: str) -> Optional[FrozenSet[str]]:
-    """The names in the header of a .safetensors file; None when it is not whole."""
+def _size(path: str) -> int:
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, os.path.getsize(path))))
-    except (OSError, ValueError):
+        return os.path.getsize(path)
+    except OSError:
+        return 0
+
+
+def _missing(folder: str, names: Tuple[str, ...]) -> Iterable[str]:
+    """Files that an index names, and links whose file is gone."""
+    for index in names:
+        if index.endswith(".index.json"):
+            listed = (_json(os.path.join(folder, index)) or {}).get("weight_map")
+            for name in sorted({str(file) for file in listed.values()} if isinstance(listed, dict) else ()):
+                if not os.path.exists(os.path.join(folder, name)):
+                    yield name
+
+
+def _same_head(spans: List[Optional[Dict[str, "tensors.Span"]]]) -> Optional[bool]:
+    found = {name: span for part in spans if part is not None for name, span in part.items()}
+    embedding = next((found[name] for name in EMBEDDINGS if name in found), None)
+    if embedding is None or "lm_head.weight" not in found:
         return None
-    return frozenset(name for name in header if name != "__metadata__") if isinstance(header, dict) else None
+    return tensors.same_bytes(embedding, found["lm_head.weight"])
+
+
+def _merge_pairs(path: str) -> bool:
+    """Whether a byte-pair tokenizer's merges are lists, as tokenizers writes them since 0.20, and not "a b"."""
+    model = (_json(path) or {}).get("model")
+    merges = model.get("merges") if isinstance(model, dict) else None
+    return isinstance(merges, list) and bool(merges) and isinstance(merges[0], list)
+
+
+def _chat_template(folder: str, names: Tuple[str, ...]) -> str:
+    """See Files.chat_template. TGI 3.3's order: tokenizer_config.json, chat_template.json, processor_config.json."""
+    for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
+        if name in names and (_json(os.path.join(folder, name)) or {}).get("chat_template"):
+            return "read"
+    return "jinja" if "chat_template.jinja" in names else ""
+
+
+def _json(path: str) -> Optional[Dict[str, Any]]:
+    """A JSON object; None when there is none, or none that can be read: the server will say what it thinks of it."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

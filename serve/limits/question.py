@@ -54,7 +54,7 @@ class Verdict:
 
     ``version`` is the whole one ("3.3.7"), ``image`` with its tag, ``digest`` None where none is known. ``flags``, ``env``: what
     this model or card needs of the engine beyond the user's wishes. ``writable``: the server writes into the model folder.
-    ``capacity``: estimated, in GiB and tokens, see ``memory.capacity``; None where it cannot be computed.
+    ``gpu``: the card's whole name. ``capacity``: estimated, in GiB and tokens, see ``memory.capacity``; None where it cannot be computed.
     """
 
     reasons: List[str]
@@ -64,7 +64,14 @@ class Verdict:
     image: str
     digest: Optional[str]
     shards: int
+    gpu: Optional[str] = None
     flags: List[str] = field(default_factory=list)
     env: Dict[str, str] = field(default_factory=dict)
     writable: bool = False
     capacity: Optional[Dict[str, Any]] = None
+
+    def refuse(self, reason: str) -> None:
+        self.reasons.append(reason)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)

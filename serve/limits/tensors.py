@@ -1,0 +1,72 @@
+"""Which tensors a file of weights holds, without loading it. Standard library only.
+
+.safetensors: the header says it (huggingface/safetensors, README "Format"). .bin: a zip with a pickle in it (torch.save since 1.6);
+its strings are read, nothing of it is run.
+"""
+
+import json
+import os
+import pickletools
+import struct
+import zipfile
+from typing import BinaryIO, Dict, FrozenSet, List, Optional, Tuple
+
+MAX_HEADER = 100_000_000  # the limit of the safetensors library
+PIECE = 4 << 20  # bytes compared at a time
+Span = Tuple[str, int, int]  # (file, first byte, end)
+
+
+def of_safetensors(path: str) -> Optional[Dict[str, Span]]:
+    """Where each tensor lies; None for a file that is not whole or cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            header, data = _header(file, os.path.getsize(path))
+        return {name: (path, data + item["data_offsets"][0], data + item["data_offsets"][1])
+                for name, item in header.items() if name != "__metadata__"}  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, struct.error):
+        return None
+
+
+def _header(file: BinaryIO, size: int) -> Tuple[Dict[str, Dict[str, List[int]]], int]:
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > min(MAX_HEADER, size):
+        raise ValueError("not a safetensors file")
+    header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("not a safetensors file")
+    return header, 8 + length
+
+
+def of_bin(path: str) -> Optional[FrozenSet[str]]:
+    """Names of the tensors; None for a file of another making."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inner = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            pickled = archive.read(inner[0])
+        words = [word for _, word, _ in pickletools.genops(pickled) if isinstance(word, str)]
+    except (OSError, ValueError, IndexError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+        return None
+    found = frozenset(word for word in words if word.endswith((".weight", ".bias", ".inv_freq")))
+    return found or None
+
+
+def same_bytes(one: Span, other: Span) -> Optional[bool]:
+    """Whether two tensors of the same dtype hold the same; None when a file cannot be read."""
+    if one[2] - one[1] != other[2] - other[1]:
+        return False
+    try:
+        with open(one[0], "rb") as first, open(other[0], "rb") as second:
+            first.seek(one[1])
+            second.seek(other[1])
+            left = one[2] - one[1]
+            while left > 0:
+                size = min(PIECE, left)
+                piece = first.read(size)
+                if len(piece) < size:
+                    return None
+                if piece != second.read(size):
+                    return False
+                left -= size
+    except OSError:
+        return None
+    return True
