@@ -6,12 +6,19 @@ import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Dict, Optional
+
+from pipeline_train.errors import RunFailed
+
+from .reach import curl_lines, tail
+
+DRAIN_S = 95.0  # a little more than the server gives requests under way
 
 
 @dataclass(frozen=True)
 class Running:
-    """A server process. ``born``: the kernel's start time of the process, so that a reused pid is not taken for it."""
+    """A server process. ``born``: the kernel's start time of the process, so that a reused pid is not taken for it. ``identity``:
+    Settings.identity of what was asked for; ``keyed``: clients need a key."""
 
     pid: int
     born: str
@@ -20,6 +27,32 @@ class Running:
     model: str
     engine: str
     log: str
+    identity: str = ""
+    keyed: bool = False
+
+    @property
+    def where(self) -> str:
+        return "pid %d" % self.pid
+
+    @property
+    def how(self) -> str:
+        return ""
+
+    def document(self) -> Dict[str, Any]:
+        return {
+            "model": self.model, "engine": self.engine, "port": self.port, "url": self.url, "pid": self.pid, "log": self.log,
+            "try": curl_lines(self.url, self.keyed),
+        }  # fmt: skip
+
+    def said(self) -> str:
+        return tail(self.log, None)
+
+    def stop(self) -> int:
+        """SIGTERM; running requests are finished first. -> 0, RunFailed when it does not end."""
+        if not stop(self, DRAIN_S):
+            raise RunFailed("port %d: pid %d still runs after %d s; see %s" % (self.port, self.pid, DRAIN_S, self.log))
+        forget(self.port)
+        return 0
 
     @property
     def alive(self) -> bool:

@@ -4,19 +4,25 @@ import argparse
 import signal
 import sys
 import threading
-import time
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Optional
 
-HELP = "serve a model folder over HTTP (text-generation-inference's contract); --detach, --status, --stop"
+HELP = "serve a model folder over HTTP (text-generation-inference's contract); --detach, --status, --logs, --stop"
 
-PASSED_ON = ("dtype", "max-concurrent-requests", "max-input-tokens", "max-total-tokens", "cors-allow-origin")
+ENGINE = "embedded: in a process of this machine, CPU or one GPU; tgi, vllm: in a container, by Docker"
+CONTAINERS = (  # flag, metavar, help: for --engine tgi and vllm
+    ("version", "V", "0.8 or 3.3 of tgi, 0.18 of vllm; by default the newest"),
+    ("gpu", "CARD", "judge for this card (t4, v100, a100 ...) instead of this machine's"),
+    ("driver", "D", "judge for this driver (515.65.01) instead of this machine's"),
+    ("shm-size", "SIZE", "shared memory for the shards; by default 64g for tgi 0.8, 1g for 3.3, 8g for vllm"),
+    ("image", "NAME", "take this image for that version's: a mirror's, or one of your own"),
+)
+TIMEOUT_S = 1800.0  # from the start of the server until it answers
+TOKENS = ("max-concurrent-requests", "max-input-tokens", "max-total-tokens")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="Hugging Face model folder with tokenizer, as pipedock to-hf writes it")
-    parser.add_argument(
-        "--engine", default="embedded", metavar="ENGINE", help="embedded: in a process of this machine, CPU or one GPU"
-    )
+    parser.add_argument("--engine", default="embedded", metavar="ENGINE", help=ENGINE)
     parser.add_argument("--port", type=int, default=8082, help="default 8082")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1, this machine only")
     parser.add_argument("--api-key-file", metavar="F", help="file with the key that clients must send as a bearer token")
@@ -26,8 +32,21 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--detach", action="store_true", help="return when the server is healthy and leave it running")
     parser.add_argument("--stop", action="store_true", help="stop the server on --port; requests under way are finished")
     parser.add_argument("--status", action="store_true", help="say whether a server runs on --port")
-    for name in PASSED_ON:
-        parser.add_argument("--" + name, metavar="X", help=argparse.SUPPRESS)
+    parser.add_argument("--logs", action="store_true", help="print what the server on --port has said, also one that failed")
+    parser.add_argument("--dtype", metavar="X", help="float16, bfloat16 or float32; by default the engine's own choice")
+    for name in TOKENS:
+        parser.add_argument("--" + name, metavar="N", type=_positive, help="the engine's own setting of that name")
+    parser.add_argument("--cors-allow-origin", metavar="URL", help="let browsers on this origin call")
+    containers = parser.add_argument_group("with --engine tgi and vllm")
+    containers.add_argument("--num-shard", metavar="N", type=_positive, default=1, help="split over N GPUs; default 1")
+    for name, metavar, text in CONTAINERS:
+        containers.add_argument("--" + name, metavar=metavar, help=text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("%r: expected a number of at least 1" % text)
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
@@ -39,39 +58,66 @@ def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
         return _stop(args.port)
     if args.status:
         return _status(args.port)
+    if args.logs:
+        return _logs(args.port)
     if args.model is None:
-        raise UserError("--model DIR is missing (only --stop and --status go without)")
+        raise UserError("--model DIR is missing (only --stop, --status and --logs go without)")
     return _serve(args)
 
 
 def text(document: Dict[str, Any]) -> str:
+    if "said" in document:
+        return str(document["said"])
+    note = " (%s)" % document["note"] if document.get("note") else ""
     if "stopped" in document:
-        return (
-            "stopped %(model)s (pid %(pid)d)" % document if document["stopped"] else "nothing to stop on port %(port)d" % document
-        )
+        if not document["stopped"]:
+            return "nothing to stop on port %d%s" % (document["port"], note)
+        return "stopped %s (%s)" % (document["model"], _where(document))
     if not document["running"]:
-        return "no server of ours on port %(port)d" % document
-    state = "" if document["healthy"] else ", not healthy: see %s" % document["log"]
-    lines = ["%s at %s (pid %d%s)" % (document["model"], document["url"], document["pid"], state)]
-    return "\n".join(
-        lines + ["  " + line for line in document["try"]] + ["stop it: pipedock serve --stop --port %(port)d" % document]
-    )
+        return document.get("ended") or "no server of ours on port %d%s" % (document["port"], note)
+    port = document["port"]
+    state = "" if document["healthy"] else ", not healthy: see pipedock serve --logs --port %d" % port
+    first = "%s at %s (%s%s)" % (document["model"], document["url"], _where(document), state)
+    first = "already running: " * bool(document.get("already")) + first
+    return "\n".join([first] + ["  " + line for line in document["try"]] + ["stop it: pipedock serve --stop --port %d" % port])
+
+
+def _where(document: Dict[str, Any]) -> str:
+    if "container" not in document:
+        return "pid %d" % document["pid"]
+    return "%s %s, container %s" % (document["engine"], document["version"], document["container"])
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    from serve.settings import Settings
+
+    return Settings(
+        args.model, args.engine, args.port, args.host, _key(args.api_key_file) if args.api_key_file else None,
+        dtype=args.dtype, max_input_tokens=args.max_input_tokens, max_total_tokens=args.max_total_tokens,
+        max_concurrent_requests=args.max_concurrent_requests, cors_allow_origin=args.cors_allow_origin, version=args.version,
+        image=args.image, shards=args.num_shard, gpu=args.gpu, driver=args.driver, shm_size=args.shm_size,
+        need_proof=not args.no_proof,
+    )  # fmt: skip
 
 
 def _serve(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
     from pipeline_train.errors import RunFailed
-    from serve.launch import launch
+    from serve.launch import check, running, start
 
-    key = _key(args.api_key_file) if args.api_key_file else None
-    flags: List[str] = []
-    for name in PASSED_ON:
-        value = getattr(args, name.replace("-", "_"))
-        flags += ["--" + name, value] if value is not None else []
+    settings, progress = _settings(args), Progress()
+    check(settings)
+    known = running(settings)
+    if known is not None:
+        return dict(_document(known), already=True)
     stopping = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: _interrupt(stopping))
-    server = launch(args.model, args.engine, args.port, args.host, key, flags, progress=Progress(), own_session=args.detach,
-                    need_proof=not args.no_proof)  # fmt: skip
-    document = _document(args.port, bool(key))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda *_: _interrupt(stopping))
+    try:
+        server = start(settings, progress, progress.keep, TIMEOUT_S, own_session=args.detach)
+    finally:
+        progress.end()
+    document = _document(server.state)
     if args.detach:
         return document
     args.answer.write((_json(document) if args.json else text(document)) + "\n")
@@ -96,64 +142,70 @@ def _interrupt(stopping: threading.Event) -> None:
 def follow(server: Any, stopping: threading.Event) -> None:
     """Copy the server's log to stderr until it ends; Ctrl-C or SIGTERM end it cleanly."""
     from pipeline_train.errors import RunFailed
-    from serve import state
-    from serve.launch import tail
 
     try:
-        with open(server.state.log, encoding="utf-8", errors="replace") as log:
-            while server.process.poll() is None:
-                line = log.readline()
-                if line:
-                    sys.stderr.write(line)
-                else:
-                    time.sleep(0.2)
-            sys.stderr.write(log.read())
+        for line in server.lines():
+            sys.stderr.write(line)
+        code = server.wait()
+        if code != 0:
+            raise server.ended(code)
     except KeyboardInterrupt:
         stopping.set()
         sys.stderr.write("\nstopping; requests under way are finished first\n")
-        server.stop()
-    state.forget(server.state.port)
-    code = server.process.returncode
-    if code != 0:
-        raise RunFailed("the server ended with code %d; the end of %s:\n%s" % (code, server.state.log, tail(server.state.log)))
+        code = server.stop()
+        if code != 0:
+            raise RunFailed("asked to stop, the server ended with code %d; its log: %s" % (code, server.state.log))
 
 
-def _document(port: int, api_key: bool = False) -> Dict[str, Any]:
-    from serve import state
-    from serve.launch import curl_lines, healthy
+def _document(known: Any) -> Dict[str, Any]:
+    from serve.reach import healthy
 
-    running = state.read(port)
-    if running is None:
-        return {"running": False, "port": port}
-    return {
-        "running": True,
-        "healthy": healthy(running.url),
-        "port": port,
-        "url": running.url,
-        "model": running.model,
-        "engine": running.engine,
-        "pid": running.pid,
-        "log": running.log,
-        "try": curl_lines(running.url, api_key),
-    }
+    return {"running": True, "healthy": healthy(known.url), **known.document()}
+
+
+def _nothing(document: Dict[str, Any]) -> Dict[str, Any]:
+    """There is no server; a note when that is not quite sure."""
+    from serve.launch import not_asked
+
+    why = not_asked()
+    return dict(document, note="containers were not looked for: " + why) if why else document
 
 
 def _status(port: int) -> Dict[str, Any]:
-    return _document(port)
+    from serve.launch import find
+
+    known = find(port)
+    if known is None:
+        return _nothing({"running": False, "port": port})
+    if known.alive:
+        return _document(known)
+    ended = "%s on port %d has ended%s: see pipedock serve --logs --port %d; --stop removes what is left"
+    return {"running": False, "port": port, "ended": ended % (known.model, port, known.how, port)}
+
+
+def _logs(port: int) -> Dict[str, Any]:
+    from pipeline_train.errors import UserError
+    from serve import state
+    from serve.launch import find
+    from serve.reach import tail
+
+    known = find(port)
+    if known is not None:
+        return {"port": port, "said": known.said()}
+    if not state.log_file(port).is_file():
+        raise UserError("port %d: no server of ours has been there, so there is no log" % port)
+    return {"port": port, "said": tail(str(state.log_file(port)), None)}
 
 
 def _stop(port: int) -> Dict[str, Any]:
-    from pipeline_train.errors import RunFailed
-    from serve import state
-    from serve.launch import DRAIN_S
+    from serve.launch import find
 
-    running = state.read(port)
-    if running is None:
-        return {"stopped": False, "port": port}
-    if not state.stop(running, DRAIN_S):
-        raise RunFailed("port %d: pid %d still runs after %d s; see %s" % (port, running.pid, DRAIN_S, running.log))
-    state.forget(port)
-    return {"stopped": True, "port": port, "pid": running.pid, "model": running.model}
+    known = find(port)
+    if known is None:
+        return _nothing({"stopped": False, "port": port})
+    document = known.document()
+    known.stop()
+    return {"stopped": True, **{name: document[name] for name in document if name not in ("try", "url", "log")}}
 
 
 def _key(path: str) -> str:
@@ -176,15 +228,25 @@ def _json(document: Dict[str, Any]) -> str:
 
 
 class Progress:
-    """One line on a terminal that counts up; otherwise a line every ten seconds."""
+    """One line on a terminal that counts up; otherwise a line every ten seconds. ``keep``: a line that stays."""
 
     def __init__(self) -> None:
-        self._calls = 0
+        self._calls, self._open = 0, False
 
     def __call__(self, line: str) -> None:
         self._calls += 1
         if sys.stderr.isatty():
-            sys.stderr.write("\r" + line)
+            sys.stderr.write("\r\x1b[K" + line)
+            self._open = True
         elif self._calls % 10 == 1:
             sys.stderr.write(line + "\n")
         sys.stderr.flush()
+
+    def keep(self, line: str) -> None:
+        self.end()
+        sys.stderr.write(line + "\n")
+
+    def end(self) -> None:
+        if self._open:
+            sys.stderr.write("\n")
+        self._open = False

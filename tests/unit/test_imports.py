@@ -26,7 +26,7 @@ ROWS = [
     {"launch", "processes", "team", "preflight", "report", "selftest_run"},
 ]  # fmt: skip
 EXPORT_MAY = {"errors", "families", "manifest", "proof", "host", "config", "models", "weights", "data.template"}
-SERVE_MAY = {"errors", "families", "manifest", "proof", "config", "compat", "data.template"}
+SERVE_MAY = {"errors", "families", "manifest", "proof", "config", "compat", "plan", "data.template"}
 LIMITS_MAY = {"errors", "families", "plan"}  # serve/limits: what a bare Python can import
 PROVE_MAY = SERVE_MAY | {"data.records", "data.encode"}  # serve/prove compares a server with training itself
 LIBRARIES = {  # library -> where it may be imported

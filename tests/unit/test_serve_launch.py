@@ -14,9 +14,11 @@ pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
 import pipedock  # noqa: E402
 from pipeline_train import proof  # noqa: E402
 from pipeline_train.errors import RunFailed, UserError  # noqa: E402
-from serve import launch, state  # noqa: E402
+from serve import launch, reach, state  # noqa: E402
 from serve.embedded.__main__ import main  # noqa: E402
+from serve.embedded_process import Server  # noqa: E402
 from serve.proved import check_proof  # noqa: E402
+from serve.settings import Settings  # noqa: E402
 from tests.free_port import free_port  # noqa: E402
 from verbs.serve import follow  # noqa: E402
 
@@ -38,12 +40,14 @@ def folder(tmp_path):
 
 def refused(folder, **more):
     with pytest.raises(UserError) as caught:
-        launch.check(str(folder), **{"engine": "embedded", "port": free_port(), "host": "127.0.0.1", **more})
+        settings = Settings(str(folder), **{"port": free_port(), **more})
+        launch.check(settings)
+        launch.check_port(settings)
     return str(caught.value)
 
 
 def test_a_complete_folder_passes(folder):
-    launch.check(str(folder), "embedded", free_port(), "127.0.0.1")
+    launch.check(Settings(str(folder), port=free_port()))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +175,11 @@ def test_the_verb_tells_the_server_that_the_proof_was_compared(folder, tmp_path,
 
 
 def test_engines_and_ports(folder):
-    assert refused(folder, engine="tgi") == "--engine tgi: this version has the embedded engine only"
+    assert refused(folder, engine="sglang") == "--engine sglang: expected one of embedded, tgi, vllm"
+    assert refused(folder, shards=2).startswith("--num-shard goes with --engine tgi and vllm; the embedded engine is one process")
+    assert refused(folder, shm_size="1g").startswith("--shm-size goes with --engine tgi and vllm")
+    assert refused(folder, shards=0) == "--num-shard 0: at least 1"
+    assert refused(folder, max_input_tokens=9, max_total_tokens=9) == "--max-input-tokens 9: must be less than --max-total-tokens 9"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -218,7 +226,7 @@ def test_the_end_of_a_server_is_reported(tmp_path, capfd):
     log = tmp_path / "log"
     with open(log, "wb") as out:
         process = subprocess.Popen(["sh", "-c", "echo one; kill -9 $$"], stdout=out)
-    server = launch.Server(process, state.Running(process.pid, "", 9997, "u", "m", "embedded", str(log)))
+    server = Server(process, state.Running(process.pid, "", 9997, "u", "m", "embedded", str(log)))
     with pytest.raises(RunFailed, match="the server ended with code -9; the end of .*:\none$"):
         follow(server, threading.Event())
     assert capfd.readouterr().err == "one\n"
@@ -276,7 +284,9 @@ def test_stop_and_status_of_nothing(capfd):
         (["--model", "absent"], "--model absent: no such folder"),
         (["--model", "absent", "--port", "0"], "--port 0: expected 1 to 65535"),
         (["--model", "absent", "--api-key-file", "absent.key"], "--api-key-file absent.key: No such file or directory"),
-        (["--model", "absent", "--engine", "vllm"], "this version has the embedded engine only"),
+        (["--model", "absent", "--engine", "vllm"], "--model absent: no such folder"),
+        (["--model", "absent", "--engine", "none"], "--engine none: expected one of embedded, tgi, vllm"),
+        (["--logs"], "no server of ours has been there, so there is no log"),
     ],
 )
 def test_one_line_and_exit_2(capfd, tmp_path, monkeypatch, argv, text):
@@ -296,5 +306,5 @@ def test_an_empty_key_file(capfd, tmp_path):
 
 
 def test_urls_that_reach_the_server():
-    assert launch.url_of("0.0.0.0", 1) == "http://127.0.0.1:1" and launch.url_of("::1", 1) == "http://[::1]:1"
-    assert "Authorization: Bearer KEY" in launch.curl_lines("u", True)[0] and "Authorization" not in launch.curl_lines("u")[0]
+    assert reach.url_of("0.0.0.0", 1) == "http://127.0.0.1:1" and reach.url_of("::1", 1) == "http://[::1]:1"
+    assert "Authorization: Bearer KEY" in reach.curl_lines("u", True)[0] and "Authorization" not in reach.curl_lines("u")[0]

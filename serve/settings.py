@@ -1,0 +1,43 @@
+"""What a server is asked to be, whichever engine it has."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Optional, Tuple
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``model``: the folder. ``flags``: more flags of that engine, as it spells them. ``version``, ``image``, ``shards``, ``gpu``,
+    ``driver``, ``shm_size``: of tgi and vllm only. ``max_input_tokens``, ``max_total_tokens``: longest prompt, prompt and answer.
+    ``need_proof`` False: an export whose proof is missing, failed or stale is served with a warning."""
+
+    model: str
+    engine: str = "embedded"
+    port: int = 8082
+    host: str = "127.0.0.1"
+    api_key: Optional[str] = None
+    flags: Tuple[str, ...] = ()
+    dtype: Optional[str] = None
+    max_input_tokens: Optional[int] = None
+    max_total_tokens: Optional[int] = None
+    max_concurrent_requests: Optional[int] = None
+    cors_allow_origin: Optional[str] = None
+    version: Optional[str] = None
+    image: Optional[str] = None
+    shards: int = 1
+    gpu: Optional[str] = None
+    driver: Optional[str] = None
+    shm_size: Optional[str] = None
+    need_proof: bool = True
+
+    @property
+    def folder(self) -> str:
+        return str(Path(self.model).resolve())
+
+    def identity(self) -> str:
+        """Equal for servers that answer alike: all that was asked for but where the folder's name came from and what is only
+        judged beforehand. The key is in it as part of a hash."""
+        fields = {**asdict(self), "model": self.folder, "gpu": None, "driver": None, "need_proof": None}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
