@@ -10,7 +10,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from pipeline_train.data.template import Messages
 from pipeline_train.errors import RunFailed, UserError
 
-from ..client import Client, ClientError, Generation, Invalid, NotFound, TimedOut, Unauthorized, Unavailable, Unreachable
+from ..client import Client, ClientError, Generation, NotFound, TimedOut, Unauthorized, Unavailable, Unreachable
 
 Told = Tuple[int, Optional[float]]  # a token and its log-probability, None where the server tells none
 
@@ -127,18 +127,15 @@ def connect(url: str, api_key: Optional[str], timeout: float) -> "Tgi | Vllm":
     settings: Dict[str, Any] = {"api_key": api_key, "timeout": timeout, "retries": 2}
     server = Tgi(url, **settings)
     try:
-        try:
-            info = server._json("GET", "/info", None)
-        except NotFound:
-            return _vllm(url, settings)
-        if "version" not in info or not {"max_input_tokens", "max_input_length"} & set(info):
-            raise UserError("%s: /info is not text-generation-inference's; expected that server, or vLLM" % url)
-        server.learn(info)
-        return server
-    except (ClientError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+        info = server._json("GET", "/info", None)
+    except NotFound:
+        return _vllm(url, settings)
+    except ClientError as error:
         raise _nobody(url, error) from None
+    if not isinstance(info, dict) or "version" not in info or not {"max_input_tokens", "max_input_length"} & set(info):
+        raise UserError("%s: /info is not text-generation-inference's; expected that server, or vLLM" % url)
+    server.learn(info)
+    return server
 
 
 def _vllm(url: str, settings: Dict[str, Any]) -> Vllm:
@@ -150,10 +147,12 @@ def _vllm(url: str, settings: Dict[str, Any]) -> Vllm:
         raise UserError(
             "%s: has neither /info nor /version and /v1/models; expected text-generation-inference or vLLM" % url
         ) from None
+    except ClientError as error:
+        raise _nobody(url, error) from None
     return server
 
 
-def _nobody(url: str, error: Exception) -> Exception:
+def _nobody(url: str, error: ClientError) -> Exception:
     why = str(error).replace(url.rstrip("/") + ": ", "")
     if isinstance(error, (Unreachable, TimedOut)):
         return UserError("%s: no server there (%s); start one with pipedock serve --model DIR" % (url, why))
@@ -161,6 +160,4 @@ def _nobody(url: str, error: Exception) -> Exception:
         return UserError("%s: the API key is missing or wrong; --api-key-file F sends one" % url)
     if isinstance(error, Unavailable):
         return RunFailed("%s: the server is not ready (%s)" % (url, why))
-    if isinstance(error, (Invalid, ClientError)):
-        return UserError("%s: expected text-generation-inference or vLLM there: %s" % (url, why))
-    return UserError("%s: expected text-generation-inference or vLLM there; its /info is no JSON object" % url)
+    return UserError("%s: expected text-generation-inference or vLLM there: %s" % (url, why))
