@@ -26,8 +26,9 @@ class Ended:
         self.cursor = not screen.cursor.hidden
 
 
-def run(command, columns=100, rows=30, interrupt_at=None, timeout=60, **env):
-    """Run it to its end; Ctrl-C is typed when ``interrupt_at`` (bytes) has been written."""
+def run(command, columns=100, rows=30, interrupt_at=None, typed=(), timeout=60, **env):
+    """Run it to its end; Ctrl-C is typed when ``interrupt_at`` (bytes) has been written. ``typed``: pairs of bytes, the second is
+    typed when the first has been written behind the one before."""
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     settings = dict({k: v for k, v in os.environ.items() if k not in DECIDE}, TERM="xterm-256color", **env)
@@ -37,8 +38,10 @@ def run(command, columns=100, rows=30, interrupt_at=None, timeout=60, **env):
     )  # fmt: skip
     os.close(theirs)
     written, deadline = b"", time.monotonic() + timeout
+    todo, seen = ([(interrupt_at, b"\x03")] if interrupt_at is not None else []) + list(typed), 0
     try:
-        while time.monotonic() < deadline:
+        while True:
+            assert time.monotonic() < deadline, "it goes on; not yet typed: %r; written: %r" % (todo, written)
             if not select.select([ours], [], [], 0.1)[0]:
                 continue
             try:
@@ -46,9 +49,10 @@ def run(command, columns=100, rows=30, interrupt_at=None, timeout=60, **env):
             except OSError:  # Linux: the other end is closed
                 break
             written += data
-            if interrupt_at is not None and interrupt_at in written:
-                os.write(ours, b"\x03")
-                interrupt_at = None
+            while todo and todo[0][0] in written[seen:]:
+                marker, keys = todo.pop(0)
+                seen = written.index(marker, seen) + len(marker)
+                os.write(ours, keys)
         return Ended(process.wait(max(1.0, deadline - time.monotonic())), written, columns, rows)
     finally:
         if process.poll() is None:

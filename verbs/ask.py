@@ -2,8 +2,7 @@
 
 import argparse
 import sys
-import time
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, List, Optional
 
 HELP = "ask a running server: one prompt, streamed or not, or a conversation (--chat)"
 
@@ -15,7 +14,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", required=True, metavar="U", help="the server, as pipedock serve prints it")
     parser.add_argument("--stream", action="store_true", help="show tokens as they come")
     parser.add_argument(
-        "--chat", action="store_true", help="talk through the server's chat template; without a prompt, interactively"
+        "--chat",
+        action="store_true",
+        help="talk through the server's chat template; without a prompt, a conversation (/help there)",
     )
     parser.add_argument("--system", metavar="TEXT", help="with --chat: a system message")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="at most N tokens; by default until the model ends")
@@ -41,9 +42,11 @@ def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
         raise UserError("--url %s: expected http://HOST:PORT" % args.url)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     try:
-        with Client(args.url, api_key=_key(args.api_key_file), timeout=args.timeout, retries=3) as client:
+        with Client(args.url, api_key=_key(args.api_key_file), timeout=args.timeout, retries=3, say=_say) as client:
             if prompt is None:
-                converse(client, args)
+                from .chat import Conversation
+
+                Conversation(client, args, _start(args), _chat_parameters(args)).run()
                 return None
             return _chat(client, args, prompt) if args.chat else _complete(client, args, prompt)
     except (Invalid, NotFound, Unauthorized) as error:
@@ -88,46 +91,6 @@ def _chat(client: Any, args: argparse.Namespace, prompt: str) -> Optional[Dict[s
     return None
 
 
-def converse(client: Any, args: argparse.Namespace) -> None:
-    """Ask and answer until the end of input. Ctrl-C stops an answer (what is there stays in the history); at the prompt it ends."""
-    messages = _start(args)
-    print("A conversation with %s. Ctrl-C stops an answer, Ctrl-D ends." % args.url, file=sys.stderr)
-    for question in _questions():
-        if not question.strip():
-            continue
-        messages.append({"role": "user", "content": question})
-        answer, started, tokens = "", time.monotonic(), None
-        try:
-            for piece in client.chat_stream(messages, **_chat_parameters(args)):
-                answer += piece.text
-                tokens = piece.completion_tokens or tokens
-                _show(args, piece.text)
-        except KeyboardInterrupt:
-            _show(args, " [stopped]")
-        _show(args, "\n")
-        if tokens:
-            print("(%d tokens, %.1f tokens/s)" % (tokens, tokens / max(1e-9, time.monotonic() - started)), file=sys.stderr)
-        messages.append({"role": "assistant", "content": answer})
-
-
-def _questions() -> Iterator[str]:
-    if sys.stdin.isatty():
-        try:
-            import readline  # noqa: F401 - makes input() editable, with history
-
-            del readline
-        except ImportError:
-            pass
-    while True:
-        sys.stderr.write("you> ")
-        sys.stderr.flush()
-        try:
-            yield input()
-        except (EOFError, KeyboardInterrupt):
-            sys.stderr.write("\n")
-            return
-
-
 def _start(args: argparse.Namespace) -> List[Dict[str, str]]:
     return [{"role": "system", "content": args.system}] if args.system else []
 
@@ -141,6 +104,11 @@ def _chat_parameters(args: argparse.Namespace) -> Dict[str, Any]:
 def _show(args: argparse.Namespace, piece: str) -> None:
     args.answer.write(piece)
     args.answer.flush()
+
+
+def _say(line: str) -> None:
+    """What kind of server it is: not part of the answer."""
+    print(line, file=sys.stderr)
 
 
 def _key(path: Optional[str]) -> Optional[str]:
