@@ -81,7 +81,8 @@ def _document(verdict: Any, driver: Optional[str]) -> Dict[str, Any]:
 
 def text(document: Dict[str, Any]) -> str:
     uses = document["uses"]
-    where = "%d x %s" % (uses["num_shard"], uses["gpu"]) if uses["gpu"] else "%d shard(s)" % uses["num_shard"]
+    number = uses["num_shard"]
+    where = "%d x %s" % (number, uses["gpu"]) if uses["gpu"] else "%d shard%s" % (number, "" if number == 1 else "s")
     lines = ["%(image)s can serve it" % uses + " on %s" % where]
     if uses["flags"]:
         lines.append("flags: " + " ".join(uses["flags"]))

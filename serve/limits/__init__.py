@@ -4,8 +4,8 @@
     verdict = judge(Question(config, "tgi", "3.3", shards=2, gpu="t4", files=files, nbytes=nbytes, where="exports/my-model"))
 
 Lowest first: ``question`` (asked and answered), ``engines`` (versions, images), ``sizes`` (of any config.json), ``tensors``,
-``folder`` (what lies there), ``gpus`` (cards, drivers), ``split`` (shard counts), ``memory``, ``case`` (a question with what follows
-from it); then the rules, ``shapes``, ``files``, ``room``, and ``judge``, which applies them all.
+``folder`` (what lies there), ``gpus`` (cards, drivers), ``split`` (shard counts), ``memory``, ``case`` (a question with what
+follows from it); then the rules, ``shapes``, ``files``, ``room``, and ``judge``, which applies them all.
 """
 
 from pipeline_train.plan.cards import card_here

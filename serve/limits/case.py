@@ -83,7 +83,7 @@ class Case(NamedTuple):
             found = [n for n in found if n <= self.asked.gpus]
         fitting = [n for n in found if self.fits(n)]
         words = ", ".join(str(n) for n in fitting or found)
-        return words if fitting else "%s (none of which holds it on a %s)" % (words, self.card.name)
+        return words if fitting else "%s (none of which holds it on %s)" % (words, self.card.a)
 
     def fits(self, shards: int, tokens: int = LEAST) -> bool:
         """Whether so many shards hold the weights and one request of ``tokens``; True where that is not known."""

@@ -35,6 +35,11 @@ class Card(NamedTuple):
         return self.name is not None
 
     @property
+    def a(self) -> str:
+        """ "a t4", "an a100-80g"."""
+        return "%s %s" % ("an" if str(self.name)[0] in "ahl" else "a", self.name)
+
+    @property
     def cpu(self) -> bool:
         return self.name == CPU
 
@@ -74,8 +79,8 @@ def has_code(engine: Engine, card: Card) -> List[str]:
     if not card.known or card.cpu:
         return []
     if engine.line == "0.8" and card.capability >= (10, 0):
-        return ["TGI %s holds no code for a %s (its torch is 2.0 for CUDA 11.8, which ends at compute capability 9.0): use "
-                "--version 3.3" % (engine.version, card.name)]  # fmt: skip
+        return ["TGI %s holds no code for %s (its torch is 2.0 for CUDA 11.8, which ends at compute capability 9.0): use "
+                "--version 3.3" % (engine.version, card.a)]  # fmt: skip
     return []
 
 

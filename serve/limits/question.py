@@ -54,7 +54,8 @@ class Verdict:
 
     ``version`` is the whole one ("3.3.7"), ``image`` with its tag, ``digest`` None where none is known. ``flags``, ``env``: what
     this model or card needs of the engine beyond the user's wishes. ``writable``: the server writes into the model folder.
-    ``gpu``: the card's whole name. ``capacity``: estimated, in GiB and tokens, see ``memory.capacity``; None where it cannot be computed.
+    ``gpu``: the card's whole name. ``capacity``: estimated, in GiB and tokens, see ``memory.capacity``; None where it cannot be
+    computed.
     """
 
     reasons: List[str]

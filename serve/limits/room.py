@@ -45,8 +45,8 @@ def room(case: Case, verdict: Verdict) -> None:
     total = case.asked.max_total
     if total is not None and total > found["max_context"] and not (case.sizes.positions or total) < total:
         verdict.refuse(
-            "--max-total-tokens %d: beside the weights a %s holds one request of about %d tokens: use at most that%s"
-            % (total, case.card.name, found["max_context"], _more_shards(case, total))
+            "--max-total-tokens %d: beside the weights %s holds one request of about %d tokens: use at most that%s"
+            % (total, case.card.a, found["max_context"], _more_shards(case, total))
         )
     _flags(case, verdict, found, fraction)
 
@@ -63,8 +63,8 @@ def _capacity(case: Case) -> Any:
 
 
 def _too_large(case: Case, found: Dict[str, Any]) -> str:
-    what = "%.1f GiB of weights (%s) on each of %d GPU%s: a %s has room for %.1f GiB" % (
-        found["weights_gib_per_gpu"], case.computes, case.asked.shards, "" if case.asked.shards == 1 else "s", case.card.name,
+    what = "%.1f GiB of weights (%s) on each of %d GPU%s: %s has room for %.1f GiB" % (
+        found["weights_gib_per_gpu"], case.computes, case.asked.shards, "" if case.asked.shards == 1 else "s", case.card.a,
         found["usable_gib"])  # fmt: skip
     return what + (_more_shards(case, LEAST) or ": use a card with more memory")
 
