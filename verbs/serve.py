@@ -16,6 +16,7 @@ CONTAINERS = (  # flag, metavar, help: for --engine tgi and vllm
     ("shm-size", "SIZE", "shared memory for the shards; by default 64g for tgi 0.8, 1g for 3.3, 8g for vllm"),
     ("image", "NAME", "take this image for that version's: a mirror's, or one of your own"),
 )
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # as the other verbs call them
 TIMEOUT_S = 1800.0  # from the start of the server until it answers
 TOKENS = ("max-concurrent-requests", "max-input-tokens", "max-total-tokens")
 
@@ -93,7 +94,7 @@ def _settings(args: argparse.Namespace) -> Any:
 
     return Settings(
         args.model, args.engine, args.port, args.host, _key(args.api_key_file) if args.api_key_file else None,
-        dtype=args.dtype, max_input_tokens=args.max_input_tokens, max_total_tokens=args.max_total_tokens,
+        dtype=DTYPES.get(args.dtype, args.dtype), max_input_tokens=args.max_input_tokens, max_total_tokens=args.max_total_tokens,
         max_concurrent_requests=args.max_concurrent_requests, cors_allow_origin=args.cors_allow_origin, version=args.version,
         image=args.image, shards=args.num_shard, gpu=args.gpu, driver=args.driver, shm_size=args.shm_size,
         need_proof=not args.no_proof,

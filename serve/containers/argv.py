@@ -29,8 +29,10 @@ def argv(
     the version cannot grant."""
     check_tokens(settings)
     if settings.engine == "vllm":
-        return _vllm(settings, model_id, name) + list(needed) + list(settings.flags)
-    return _tgi(settings, version_of(version), model_id, config) + list(needed) + list(settings.flags)
+        flags = _vllm(settings, model_id, name)
+    else:
+        flags = _tgi(settings, version_of(version), model_id, config)
+    return flags + list(needed) + list(settings.flags)
 
 
 def check_tokens(settings: Settings) -> None:
@@ -107,9 +109,10 @@ def _vllm(settings: Settings, model_id: str, name: str) -> List[str]:
 
 
 def environment(settings: Settings, version: str, mount: str, host: Mapping[str, str]) -> Dict[str, str]:
-    """The container's variables; nothing else of the caller's environment gets in. ``mount``: the model's folder inside; ``host``:
-    the caller's environment, for the hub's token. UserError for a key that the version cannot ask for."""
-    found: Dict[str, str] = {}
+    """The container's variables. ``mount``: the model's folder inside; ``host``: the caller's environment, of which the hub's token
+    and what steers NVIDIA's libraries get in, and nothing else: PORT, DTYPE, API_KEY ... would be settings. UserError for a key
+    that the version cannot ask for."""
+    found = {name: value for name, value in host.items() if name.startswith("NCCL_") or name == "NVIDIA_DISABLE_REQUIRE"}
     token = host.get("HF_TOKEN") or host.get("HUGGING_FACE_HUB_TOKEN")
     if settings.engine == "vllm":
         found.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")

@@ -25,7 +25,8 @@ STARTING = (  # answers of the engine to create and start; UserError
          "the port is taken", "choose another --port or --host"),
     Kind("driver", r"unsatisfied condition: (cuda|driver)|requirement error|driver/library version mismatch",
          "this machine's NVIDIA driver cannot run the image",
-         "pipedock check says which versions it can; after an update of the driver, reboot"),
+         "pipedock check says which versions it can; after an update of the driver reboot; NVIDIA_DISABLE_REQUIRE=1 pipedock serve "
+         "... tries all the same"),
     Kind("no GPU", r"could not select device driver|nvidia-container-cli|unknown or invalid runtime name|unresolvable CDI|"
          r"GPU vendor|libnvidia-ml",
          "Docker cannot hand on this machine's GPUs",
@@ -77,7 +78,7 @@ RUNNING = (  # lines of a server's log, the surest first; RunFailed
          r"ArgumentValidation|Invalid argument",
          "this image does not take these flags", "does --version say what --image is?"),
     Kind("NCCL", r"NCCL error|ncclSystemError|ncclUnhandledCudaError|ncclInternalError|ncclRemoteError",
-         "the shards cannot talk to each other", "a larger --shm-size; docker logs with NCCL_DEBUG=INFO says more"),
+         "the shards cannot talk to each other", "a larger --shm-size; NCCL_DEBUG=INFO pipedock serve ... says more"),
     Kind("disk", r"No space left on device", "a disk is full", "docker system df shows what fills it"),
     Kind("shard", r"ShardCannotStart|[Ss]hard \d+ failed to start|Shard cannot start|Shard complete standard error|ShardFailed|"
          r"Engine core initialization failed|WorkerProc failed to start",
