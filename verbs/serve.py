@@ -27,9 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8082, help="default 8082")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1, this machine only")
     parser.add_argument("--api-key-file", metavar="F", help="file with the key that clients must send as a bearer token")
-    parser.add_argument(
-        "--no-proof", action="store_true", help="serve an export that is not proved, or changed since; says so loudly"
-    )
+    parser.add_argument("--no-proof", action="store_true", help="serve an export that is not proved, or changed since; says so")
     parser.add_argument("--detach", action="store_true", help="return when the server is healthy and leave it running")
     parser.add_argument("--stop", action="store_true", help="stop the server on --port; requests under way are finished")
     parser.add_argument("--status", action="store_true", help="say whether a server runs on --port")

@@ -8,6 +8,7 @@ from typing import NamedTuple, Optional, Tuple
 
 from pipeline_train.errors import RunFailed, UserError
 
+RAISED = r"^\S*[a-z](Error|Exception): "  # the end of a Python traceback
 KILLED = 137  # 128 + SIGKILL
 
 
@@ -38,7 +39,7 @@ STARTING = (  # answers of the engine to create and start; UserError
          "Docker does not see the model folder", "it must be on a disk of the engine's own machine, and shared with it"),
 )  # fmt: skip
 RUNNING = (  # lines of a server's log, the surest first; RunFailed
-    Kind("shared memory", r"/dev/shm|shared memory segment|unable to (open|allocate) shared memory|Bus error",
+    Kind("shared memory", r"/dev/shm/nccl|shared memory segment|unable to (open|allocate) shared memory|Bus error",
          "too little shared memory", "a larger --shm-size, say 16g"),
     Kind("out of memory",
          r"CUDA out of memory|OutOfMemoryError|Not enough memory to handle|No available memory for the cache blocks|"
@@ -100,6 +101,8 @@ def kind_of(log: str) -> Optional[Tuple[Kind, str]]:
     for kind in RUNNING:
         found = next((line for line in lines if re.search(kind.pattern, line)), None)
         if found is not None:
+            if kind.name == "shard":  # why not is in the traceback before
+                found = ([line for line in lines if re.search(RAISED, line)] or [found])[-1]
             return kind, " ".join(found.split())[:240]
     return None
 

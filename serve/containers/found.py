@@ -79,7 +79,7 @@ class Found:
             for part in self.handle.logs(stream=True, follow=True):
                 *whole, rest = (rest + part).split(b"\n")
                 for line in whole:
-                    shown = _text(before.encode() + line)[len(before) :]
+                    shown = _text(before.encode() + line.rstrip(b"\r"))[len(before) :]
                     before = "api_key: Some(\n" if shown.rstrip().endswith("api_key: Some(") else ""
                     yield shown + "\n"
         finally:
@@ -119,7 +119,7 @@ class Found:
 
 def find(client: Any, port: int) -> Optional[Found]:
     """The container of ours for this port, living or ended."""
-    handles = client.containers.list(all=True, filters={"label": "%s=%d" % (PORT, port)}, ignore_removed=True)
+    handles = client.containers.list(all=True, filters={"label": ["%s=%d" % (PORT, port), IDENTITY]}, ignore_removed=True)
     found = [Found(client, handle) for handle in handles]
     return next((one for one in found if one.alive), found[0] if found else None)
 
