@@ -26,7 +26,12 @@ def weights(case: Case, verdict: Verdict) -> None:
     gone = [name for name in files.missing if name.endswith(tuple(kinds))]
     if gone:
         listed = ", ".join(gone[:3]) + (" and %d more" % (len(gone) - 3) if len(gone) > 3 else "")
-        verdict.refuse("%s: named by the index and not there; copy or export again: %s" % (listed, case.export(target_of(case))))
+        verdict.refuse(
+            "%s: named by the index, or a link, and not there: copy or export again: %s" % (listed, case.export(target_of(case)))
+        )
+    for name in files.broken if ".safetensors" in kinds else ():
+        verdict.refuse("%s: not a whole safetensors file, perhaps cut off: copy or export again: %s" % (
+            name, case.export(target_of(case))))  # fmt: skip
     if case.old and ".bin" in kinds:
         _strangers(case, files, verdict)
     if case.engine.name == "tgi" and not tensors and bins:
@@ -92,11 +97,8 @@ def names(case: Case, verdict: Verdict) -> None:
             verdict.refuse(
                 "no lm_head.weight in the files, and config.json says tie_word_embeddings false: the export is not whole"
             )
-    if (
-        case.asked.files is not None
-        and found is None
-        and (case.asked.files.ending(".bin") or case.asked.files.ending(".safetensors"))
-    ):
+    files = case.asked.files
+    if files is not None and found is None and not files.broken and (files.ending(".bin") or files.ending(".safetensors")):
         verdict.note("not judged: the tensors' names, these files do not tell them without loading")
 
 

@@ -29,19 +29,21 @@ def look(model_dir: str) -> Tuple[Dict[str, Any], Files, int]:
             "--model %s: pipeline weights; export them first: pipedock to-hf --input %s --output DIR" % (model_dir, quoted)
         )
     config, plain = families.read_config(model_dir), Files(names)
-    spans = [tensors.of_safetensors(os.path.join(model_dir, name)) for name in plain.ending(".safetensors")]
+    wholes = plain.ending(".safetensors")
+    spans = [tensors.of_safetensors(os.path.join(model_dir, name)) for name in wholes]
+    missing = tuple(_missing(model_dir, names))
     bins = [tensors.of_bin(os.path.join(model_dir, name)) for name in plain.ending(".bin")]
     files = Files(
         names,
         _union(spans),
         _union(bins),
-        tuple(_missing(model_dir, names)),
+        missing,
+        tuple(name for name, found in zip(wholes, spans) if found is None and name not in missing),
         _same_head(spans),
         _merge_pairs(os.path.join(model_dir, "tokenizer.json")),
         _chat_template(model_dir, names),
     )
-    weights = plain.ending(".safetensors") or plain.ending(".bin")
-    return config, files, sum(_size(os.path.join(model_dir, name)) for name in weights)
+    return config, files, sum(_size(os.path.join(model_dir, name)) for name in wholes or plain.ending(".bin"))
 
 
 def _union(parts: List[Any]) -> Optional[FrozenSet[str]]:
@@ -59,12 +61,15 @@ def _size(path: str) -> int:
 
 
 def _missing(folder: str, names: Tuple[str, ...]) -> Iterable[str]:
-    """Files that an index names, and links whose file is gone."""
+    """Weights that an index names and that are not there, and links whose file is gone."""
+    for name in names:
+        if name.endswith((".safetensors", ".bin")) and not os.path.exists(os.path.join(folder, name)):
+            yield name
     for index in names:
         if index.endswith(".index.json"):
             listed = (_json(os.path.join(folder, index)) or {}).get("weight_map")
             for name in sorted({str(file) for file in listed.values()} if isinstance(listed, dict) else ()):
-                if not os.path.exists(os.path.join(folder, name)):
+                if name not in names:
                     yield name
 
 

@@ -82,7 +82,7 @@ def cache(load: Load) -> Optional[float]:
     sizes = load.sizes
     head_dim = sizes.head_dim or (sizes.hidden // sizes.heads if sizes.hidden and sizes.heads else None)
     heads = sizes.kv_heads or sizes.heads
-    if heads is None or head_dim is None or sizes.blocks is None:
+    if not heads or not head_dim or not sizes.blocks:
         return None
     return 2.0 * sizes.blocks * max(1, -(-heads // load.shards)) * head_dim * load.width / GIB
 

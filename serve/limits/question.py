@@ -11,7 +11,8 @@ class Files:
     names: Tuple[str, ...]
     safetensors: Optional[FrozenSet[str]] = None  # names of the tensors in *.safetensors
     bins: Optional[FrozenSet[str]] = None  # the same of PyTorch's *.bin
-    missing: Tuple[str, ...] = ()  # files that an index names and that are not there
+    missing: Tuple[str, ...] = ()  # weights that an index names and that are not there, or links to nothing
+    broken: Tuple[str, ...] = ()  # *.safetensors that are not whole
     same_head: Optional[bool] = None  # lm_head.weight is the embedding, byte by byte; None: one of them is not there, or not read
     merge_pairs: bool = False  # tokenizer.json writes merges as lists
     chat_template: str = ""  # "read": where TGI looks; "jinja": in chat_template.jinja alone; "": there is none

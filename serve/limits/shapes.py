@@ -145,7 +145,7 @@ def arithmetic(case: Case, verdict: Verdict) -> None:
         if dims.q_size != dims.hidden:
             wrong.append("head_dim is %d, it computes %d" % (dims.head_dim, dims.hidden // dims.heads))
     elif case.asked.config.get("rope_scaling"):
-        wrong.append("rope_scaling is %s, it computes without" % case.asked.config["rope_scaling"])
+        wrong.append("rope_scaling is %r, it computes without" % case.asked.config["rope_scaling"])
     for what in wrong:
         verdict.refuse("%s cannot compute this llama: %s. Use --version 3.3 or --engine vllm" % (case.title, what))
 

@@ -42,11 +42,12 @@ class Sizes(NamedTuple):
     quantized: bool
 
 
+MOST = 10**12  # far above any size of a model
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
 def sizes_of(config: Dict[str, Any]) -> Sizes:
-    """Raises UserError for a size that is no positive whole number."""
+    """Raises UserError for a size that is no positive whole number, or of another universe."""
     found = {name: _number(config, keys) for name, keys in NAMES.items()}
     model_type = str(config.get("model_type") or "")
     family = next((f for f in FAMILIES.values() if f.model_type == model_type), None)
@@ -69,7 +70,8 @@ def _number(config: Dict[str, Any], keys: Any) -> Optional[int]:
     for key in keys:
         value = config.get(key)
         if value is not None:
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError("config.json: %s: expected a positive whole number, got %r" % (key, value))
-            return value
+            wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < MOST
+            if wrong or value != int(value):
+                raise UserError("config.json: %s: expected a positive whole number, got %s" % (key, repr(value)[:60]))
+            return int(value)
     return None

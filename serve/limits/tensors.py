@@ -19,10 +19,12 @@ Span = Tuple[str, int, int]  # (file, first byte, end)
 def of_safetensors(path: str) -> Optional[Dict[str, Span]]:
     """Where each tensor lies; None for a file that is not whole or cannot be read."""
     try:
+        size = os.path.getsize(path)
         with open(path, "rb") as file:
-            header, data = _header(file, os.path.getsize(path))
-        return {name: (path, data + item["data_offsets"][0], data + item["data_offsets"][1])
-                for name, item in header.items() if name != "__metadata__"}  # fmt: skip
+            header, data = _header(file, size)
+        found = {name: (path, data + item["data_offsets"][0], data + item["data_offsets"][1])
+                 for name, item in header.items() if name != "__metadata__"}  # fmt: skip
+        return found if all(end <= size for _, _, end in found.values()) else None
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, struct.error):
         return None
 

@@ -1,6 +1,8 @@
 """``serve.limits``: what is known to work is accepted, what cannot work is refused with what to change; shards by version."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from export import targets
 from pipeline_train import families
@@ -200,7 +202,7 @@ def test_keys_that_our_own_blocks_refuse_do_not_stop_a_server_that_may_know_them
 
 def test_a_config_without_a_model_type_or_with_impossible_sizes():
     assert "model_type: missing" in refused({"num_attention_heads": 4})
-    for wrong in (0, -3, 2.5, "32", True):
+    for wrong in (0, -3, 2.5, "32", True, 10**400, float("inf")):
         with pytest.raises(UserError, match="num_attention_heads: expected a positive whole number"):
             ask(llama(num_attention_heads=wrong))
 
@@ -231,3 +233,26 @@ def test_old_files_are_read_under_their_own_names():
 def test_the_example_of_the_docstring():
     verdict = judge(Question(LLAMA_7B, "tgi", "3.3", shards=2, gpu="t4", files=NEW_LLAMA, nbytes=1, where="exports/my-model"))
     assert verdict.reasons == []
+
+
+NUMBERS = st.one_of(st.none(), st.integers(-1, 200000), st.integers(), st.floats(), st.text(max_size=3), st.booleans())
+KEYS = (
+    "num_attention_heads n_head num_key_value_heads hidden_size head_dim intermediate_size num_hidden_layers vocab_size "
+    "max_position_embeddings torch_dtype rope_scaling tie_word_embeddings quantization_config model_type"
+).split()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    base=st.sampled_from([LLAMA_7B, BLOOM_7B, QWEN2_7B, {}]), changes=st.dictionaries(st.sampled_from(KEYS), NUMBERS, max_size=3),
+    engine=st.sampled_from([("tgi", "0.8"), ("tgi", "3.3"), ("vllm", None)]), shards=st.integers(-1, 9),
+    gpu=st.sampled_from([None, "t4", "v100", "h100", "cpu"]), nbytes=st.sampled_from([None, 0, 2**34]),
+    total=st.sampled_from([None, 1, 4096, 10**9]),
+)  # fmt: skip
+def test_any_config_gets_an_answer_or_one_line(base, changes, engine, shards, gpu, nbytes, total):
+    try:
+        verdict = ask(dict(base, **changes), *engine, shards, gpu, nbytes=nbytes, max_total=total)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    assert not any("\n" in text for text in verdict.reasons + verdict.notes)

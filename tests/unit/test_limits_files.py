@@ -78,7 +78,11 @@ def test_other_bins_are_weights_to_08():
 def test_parts_that_an_index_names_and_that_are_not_there():
     files = but(NEW_LLAMA, missing=tuple("model-0000%d-of-00005.safetensors" % n for n in range(1, 6)))
     reason = refused(LLAMA_7B, "tgi", "3.3", 1, "t4", files=files)
-    assert "model-00001-of-00005" in reason and "and 2 more: named by the index" in reason and "--target tgi-3" in reason
+    assert (
+        "model-00001-of-00005" in reason
+        and "and 2 more: named by the index, or a link, and not there" in reason
+        and "--target tgi-3" in reason
+    )
     accepted(
         LLAMA_7B, "tgi", "3.3", 1, "t4", files=but(NEW_LLAMA, missing=("pytorch_model-00001-of-00002.bin",))
     )  # nobody reads it
@@ -266,18 +270,34 @@ def test_look_finds_what_is_missing_and_how_merges_and_templates_are_written(tmp
     assert look(str(tmp_path))[1].chat_template == "read"
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"12345678", b"\xff" * 64, (9).to_bytes(8, "little") + b'{"a":1}  ', (2).to_bytes(8, "little") + b"[]"]
-)
-def test_files_that_are_not_whole_are_not_judged(tmp_path, content):
-    (tmp_path / "config.json").write_text(json.dumps(BLOOM_7B))
+BROKEN = {
+    "empty": b"", "header": b"12345678", "noise": b"\xff" * 64, "list": (2).to_bytes(8, "little") + b"[]",
+    "number": (9).to_bytes(8, "little") + b'{"a":1}  ',
+    "cut": (40).to_bytes(8, "little") + b'{"a.weight":{"data_offsets":[0,8]}}     1234567',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_files_that_are_not_whole(tmp_path, content):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
     (tmp_path / "model.safetensors").write_bytes(content)
     (tmp_path / "tokenizer.json").write_bytes(content)
     config, files, _ = look(str(tmp_path))
-    assert files.safetensors is None and files.same_head is None
-    assert note(accepted(config, "tgi", "3.3", 1, "a100", files=files), "not judged: the tensors' names")
+    assert files.safetensors is None and files.broken == ("model.safetensors",)
+    assert "model.safetensors: not a whole safetensors file" in refused(config, "tgi", "3.3", 1, "a100", files=files)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    assert look(str(tmp_path))[1].bins is None
+    files = look(str(tmp_path))[1]
+    assert files.bins is None and note(accepted(config, "tgi", "3.3", 1, "a100", files=files), "not judged: the tensors' names")
+
+
+def test_a_whole_file_and_a_link_to_nothing(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    (tmp_path / "model.safetensors").write_bytes(BROKEN["cut"] + b"8")
+    assert look(str(tmp_path))[1].safetensors == {"a.weight"} and look(str(tmp_path))[1].broken == ()
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob")
+    files = look(str(tmp_path))[1]
+    assert files.missing == ("model.safetensors",) and files.broken == ()
 
 
 def test_folders_that_are_none(tmp_path):
