@@ -3,7 +3,9 @@
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from pipeline_train.data.encode import TextCodec
+from pipeline_train.errors import RunFailed
 
+from ..client import Invalid
 from . import difference
 from .prompts import Prompt
 from .servers import Seen, Tgi, Vllm
@@ -44,13 +46,18 @@ class Answer(NamedTuple):
 def ask(server: "Tgi | Vllm", prompts: Sequence[Prompt], count: int, tell: bool) -> List[Answer]:
     """Every prompt that can be sent, and every trained answer, to which only an end is missing. ``tell``: with the prompt's
     log-probabilities."""
-    answers = []
+    asked = []
     for prompt in prompts:
         if prompt.text is not None:
-            answers.append(Answer(prompt.where, prompt.ids, server.greedy(prompt.text, count, tell), count))
+            asked.append((prompt.where, prompt.ids, prompt.text, count, tell))
         if prompt.closing is not None:
-            seen = server.greedy(prompt.closing, CLOSING_COUNT, False)
-            answers.append(Answer(prompt.where + " with its answer", prompt.closing_ids, seen, CLOSING_COUNT))
+            asked.append((prompt.where + " with its answer", prompt.closing_ids, prompt.closing, CLOSING_COUNT, False))
+    answers = []
+    for where, ids, text, most, told in asked:
+        try:
+            answers.append(Answer(where, ids, server.greedy(text, most, told), most))
+        except Invalid as error:
+            raise RunFailed("%s: %s: the server refuses the prompt: %s" % (server.url, where, error)) from None
     return answers
 
 
@@ -95,14 +102,16 @@ def chat_ids(server: "Tgi | Vllm", codec: TextCodec, prompts: Sequence[Prompt]) 
     asked = [prompt for prompt in prompts if prompt.messages is not None]
     for prompt in asked:
         messages = prompt.messages or []
-        found = server.chat_ids(messages)
-        if found is None:
-            return _without(check, "%s has no route that tells" % server.name)
-        ids, text = found
         where = "%s (chat)" % prompt.where
-        if not _same_ids(check, codec, where, prompt.ids, ids, prompt.chat_text, text):
+        try:
+            found, length = server.chat_ids(messages), server.chat_length(messages)
+        except Invalid as error:
+            check.failures.append("%s: the server refuses the conversation: %s" % (where, error))
             continue
-        length = server.chat_length(messages)
+        if found is None and length is None:
+            return _without(check, "%s has no chat route that tells" % server.name)
+        if found is not None and not _same_ids(check, codec, where, prompt.ids, found[0], prompt.chat_text, found[1]):
+            continue
         if length not in (None, len(prompt.ids)):
             check.failures.append("%s: a chat gives the model %d tokens, training had %d: another chat template, or BOS twice"
                                   % (where, length, len(prompt.ids)))  # fmt: skip

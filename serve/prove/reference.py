@@ -1,11 +1,14 @@
 """What transformers alone says about the model folder: log-probabilities of given ids, and the likeliest token at each place."""
 
 import math
+from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Sequence
 
 import torch
 
+from pipeline_train import host
 from pipeline_train.errors import UserError
+from pipeline_train.families import read_config
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ROWS = 64  # positions whose logits are widened at once
@@ -33,6 +36,7 @@ class Reference:
     def __init__(self, folder: str, name: str) -> None:
         from transformers import AutoModelForCausalLM
 
+        _check_memory(folder)
         self.dtype = DTYPES[name]
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, output_loading_info=True)
@@ -80,6 +84,17 @@ class Reference:
             return False
         head.weight = embedding
         return True
+
+
+def _check_memory(folder: str) -> None:
+    """UserError when the model as float32 would not fit, which the system answers by killing the process."""
+    stored = list(Path(folder).glob("*.safetensors")) or list(Path(folder).glob("pytorch_model*.bin"))
+    config = read_config(folder)
+    wide = str(config.get("torch_dtype") or config.get("dtype")) not in ("float16", "bfloat16")
+    needed, free = sum(path.stat().st_size for path in stored) * (1 if wide else 2), host.available_memory()
+    if free is not None and needed > free:
+        raise UserError("--model %s: computing with it takes %s here, %s are free; --no-weights compares token ids and ends only"
+                        % (folder, host.size(needed), host.size(free)))  # fmt: skip
 
 
 def served_dtype(told: Optional[str], given: Optional[str], config: Any) -> str:

@@ -57,8 +57,11 @@ class Tgi(Client):
         return [token.id for token in found.tokens], found.text
 
     def chat_length(self, messages: Messages) -> Optional[int]:
-        """How many tokens a chat really gave to the model."""
-        return self.chat(messages, max_tokens=1, temperature=0.0).prompt_tokens
+        """How many tokens a chat really gives the model; None before 1.4."""
+        try:
+            return self.chat(messages, max_tokens=1, temperature=0.0).prompt_tokens
+        except NotFound:
+            return None
 
     def greedy(self, text: str, count: int, prompt: bool = True) -> Seen:
         asked = {"decoder_input_details": True} if prompt else {}

@@ -89,6 +89,11 @@ def template(old, new):
     return change
 
 
+def no_template(folder):
+    (folder / "chat_template.jinja").unlink()
+    _json(folder / "tokenizer_config.json", lambda config: config.pop("chat_template"))
+
+
 def fewer_merges(folder):
     """Another tokenizer with the same vocabulary."""
 

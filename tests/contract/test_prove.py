@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline_train.errors import RunFailed
+from pipeline_train.errors import RunFailed, UserError
 from serve.prove import Options, prove
 from tests.contract import prove_folders as made
 from tests.contract.prove_servers import embedded
@@ -93,6 +93,24 @@ def test_what_is_planted_in_the_server_is_named(runs, tmp_path, name, change, ch
     assert [word for word in words if word not in message] == []
     found = {one["name"]: one["holds"] for one in caught.value.document["checks"]}
     assert found[check] is False and found["the folder's token ids"] is True and caught.value.document["holds"] is False
+
+
+def test_a_server_with_a_key(runs):
+    run = runs("llama-own")
+    with embedded(run.model, "--api-key", "S3cret") as url:
+        with pytest.raises(UserError, match="the API key is missing or wrong; --api-key-file F sends one"):
+            prove(url, run.model)
+        assert prove(url, run.model, options=Options(weights=False, api_key="S3cret"))["holds"]
+
+
+def test_a_server_that_refuses_what_is_asked(runs, tmp_path):
+    """Here because it has no chat template."""
+    run = runs("llama-own")
+    served = made.planted(run.model, tmp_path / "served", made.no_template)
+    with embedded(served) as url, pytest.raises(RunFailed) as caught:
+        prove(url, run.model, run.config, Options(weights=False))
+    wanted = "chat token ids: %s:1 (chat): the server refuses the conversation: Template error: template not found"
+    assert wanted % json.loads(Path(run.config).read_text())["data"]["train"] in str(caught.value)
 
 
 def test_a_folder_of_another_run_is_told_from_a_wrong_server(runs, tmp_path):

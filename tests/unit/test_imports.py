@@ -28,7 +28,7 @@ ROWS = [
 EXPORT_MAY = {"errors", "families", "manifest", "proof", "host", "config", "models", "weights", "data.template"}
 SERVE_MAY = {"errors", "families", "manifest", "proof", "config", "compat", "plan", "data.template"}
 LIMITS_MAY = {"errors", "families", "plan"}  # serve/limits: what a bare Python can import
-PROVE_MAY = SERVE_MAY | {"data.records", "data.encode"}  # serve/prove compares a server with training itself
+PROVE_MAY = SERVE_MAY | {"host", "data.records", "data.encode"}  # serve/prove compares a server with training itself
 LIBRARIES = {  # library -> where it may be imported
     "deepspeed": tuple("pipeline_train/%s.py" % name for name in ("compat", "stages", "engine", "optimizer"))
     + ("serve/ds_generate.py",),

@@ -10,6 +10,7 @@ if sys.version_info < (3, 10):
     pytest.skip("serve/ is Python 3.10 and later", allow_module_level=True)
 
 from pipedock import main  # noqa: E402
+from pipeline_train import host  # noqa: E402
 from pipeline_train.errors import RunFailed, UserError  # noqa: E402
 from serve.prove import Options, numbers, prompts, prove  # noqa: E402
 from serve.prove.checks import Answer  # noqa: E402
@@ -214,6 +215,16 @@ def test_rounding_is_measured_where_the_server_rounds(own, dtype):
     assert gaps[1] < gaps[0] < bounds.one  # what was rounded stays so, what is computed with it is float32
 
 
+def test_a_model_that_does_not_fit_is_not_loaded(own, monkeypatch):
+    monkeypatch.setattr(host, "available_memory", lambda: 100_000)
+    with Tgi08(own.model) as fake:
+        with pytest.raises(
+            UserError, match="takes 0.[0-9]+ MiB here, 0.10 MiB are free; --no-weights compares token ids and ends only"
+        ):
+            prove(fake.url, own.model)
+        assert prove(fake.url, own.model, options=Options(weights=False))["holds"]
+
+
 def test_what_the_server_most_likely_computes_in():
     assert served_dtype("float32", None, {}) == "float32"
     assert served_dtype("float32", "bfloat16", {}) == "bfloat16"
@@ -268,6 +279,15 @@ def test_a_server_that_is_not_ready(own):
     body = b'{"error":"unhealthy","error_type":"healthcheck"}'
     with Stub(whole(body, 503)) as stub, pytest.raises(RunFailed, match="the server is not ready"):
         prove(stub.url, own.model)
+
+
+def test_a_prompt_that_the_server_refuses(own):
+    info = {"version": "0.8.2", "max_input_length": 1000, "max_total_tokens": 1512}
+    refused = b'{"error":"Input validation error: `inputs` must have less than 9 tokens. Given: 40","error_type":"validation"}'
+    with Stub(whole(json.dumps(info).encode()), whole(refused, 422)) as stub, pytest.raises(RunFailed) as caught:
+        prove(stub.url, own.model)
+    wanted = "%s: fixed record 1: the server refuses the prompt: Input validation error: `inputs` must have less than 9 tokens"
+    assert str(caught.value).startswith(wanted % stub.url)
 
 
 def test_user_errors(own, tmp_path, capfd):
