@@ -7,7 +7,9 @@ HELP = "whether TGI or vLLM can serve this model on these cards: every reason wh
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="a model folder; with --config-only also its config.json")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="a model folder; with --config-only also a run, a config.json or a hub name"
+    )
     parser.add_argument("--engine", default="tgi", metavar="ENGINE", help="tgi or vllm (default: tgi)")
     parser.add_argument("--version", metavar="V", help="0.8, 3.3, 3.3.7 ... (default: the newest known)")
     parser.add_argument("--num-shard", type=int, default=1, metavar="N", help="GPUs that the model is split over (default: 1)")
@@ -50,12 +52,13 @@ def _model(model: str, config_only: bool) -> Tuple[Dict[str, Any], Any, Optional
     """-> (config.json, files, bytes); None for what --config-only does not look at."""
     import os
 
-    from pipeline_train import families
     from pipeline_train.errors import UserError
     from serve.limits import look
 
+    from .plan import config_json
+
     if config_only:
-        return families.read_config(model), None, None
+        return config_json(model), None, None
     if os.path.isfile(model):
         raise UserError("--model %s: a file; name the folder, or judge from config.json alone with --config-only" % model)
     return look(model)

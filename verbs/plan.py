@@ -69,7 +69,7 @@ def _from_config(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
     if given:
         raise UserError("--%s: run.yaml says it; change it there, or with --set" % given[0].replace("_", "-"))
     loaded, where = config.load(args.config, tuple(args.set)), Path(args.config).name
-    raw = _config_json(loaded.model.path)
+    raw = config_json(loaded.model.path)
     dims = families.dims_of(raw)
     config.check_against_model(loaded, dims.layers, dims.max_positions, where)
     parallel, seq_len = loaded.parallel, loaded.data.seq_len or default_seq_len(raw, dims)
@@ -88,7 +88,7 @@ def _from_options(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
 
     if args.set:
         raise UserError("--set: overrides keys of run.yaml; with --model use the options")
-    dims = families.dims_of(_config_json(args.model))
+    dims = families.dims_of(config_json(args.model))
     wish = {name: getattr(args, name) for name in ("gpus", "data", "micro", "micro_batches", "optim", "dtype", "recompute")}
     wish = {name: value for name, value in wish.items() if value is not None}
     wish["seq_len"] = min(2048, dims.max_positions or 2048) if args.seq_len is None else args.seq_len
@@ -100,7 +100,7 @@ def _from_options(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
     return dims, dict(wish, offload=args.offload, compile=args.compile)
 
 
-def _config_json(model: str) -> Dict[str, Any]:
+def config_json(model: str) -> Dict[str, Any]:
     """The config.json of a folder, a run or checkpoint, a file, or of a hub name; of the hub only that file is fetched."""
     import os
 

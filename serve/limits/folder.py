@@ -23,7 +23,8 @@ def look(model_dir: str) -> Tuple[Dict[str, Any], Files, int]:
         names = tuple(sorted(os.listdir(model_dir)))
     except OSError as error:
         raise UserError("--model %s: cannot be read: %s" % (model_dir, error.strerror)) from None
-    if "manifest.json" in names and not any(name.startswith("model") and name.endswith(".safetensors") for name in names):
+    exported = any(name.startswith("model") and name.endswith(".safetensors") for name in names)
+    if not exported and ("manifest.json" in names or "checkpoints" in names):
         quoted = shlex.quote(model_dir)
         raise UserError(
             "--model %s: pipeline weights; export them first: pipedock to-hf --input %s --output DIR" % (model_dir, quoted)

@@ -106,7 +106,7 @@ def test_a_folder_is_looked_into_unless_config_only(capfd, model):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--model", "nowhere"], "no such folder"), (["--model", "nowhere", "--config-only"], "no such file"),
+    (["--model", "nowhere"], "no such folder"), (["--model", "nowhere.json", "--config-only"], "nowhere.json: no such file"),
     (["--model", "FILE"], "a file; name the folder, or judge from config.json alone with --config-only"),
     (["--model", "DIR", "--config-only", "--engine", "sglang"], "--engine sglang: not a server that runs in a container here: tgi"),
     (["--model", "DIR", "--config-only", "--version", "1.0"], "--version 1.0: its limits are not known; known of tgi: 0.8 (0.8.2)"),
@@ -127,3 +127,15 @@ def test_it_runs_without_torch(model):
     argv = ["check", "--model", model(LLAMA_7B), "--config-only", "--gpu", "t4"]
     done = subprocess.run([sys.executable, "-c", code] + argv, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "can serve it" in done.stdout
+
+
+def test_a_hub_name_and_a_run_with_config_only(capfd, model, monkeypatch, tmp_path):
+    from verbs import plan
+
+    where = model(LLAMA_7B)
+    monkeypatch.setattr(plan, "_from_hub", lambda name: {"org/llama": where + "/config.json"}[name])
+    code, out, _ = check(capfd, "--model", "org/llama", "--gpu", "t4", "--config-only", "--version", "0.8")
+    assert code == 0 and "can serve it on 1 x t4" in out
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    code, _, err = check(capfd, "--model", str(tmp_path / "run"), "--gpu", "t4")
+    assert code == 2 and "pipeline weights; export them first" in err

@@ -242,7 +242,7 @@ KEYS = (
 ).split()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     base=st.sampled_from([LLAMA_7B, BLOOM_7B, QWEN2_7B, {}]), changes=st.dictionaries(st.sampled_from(KEYS), NUMBERS, max_size=3),
     engine=st.sampled_from([("tgi", "0.8"), ("tgi", "3.3"), ("vllm", None)]), shards=st.integers(-1, 9),

@@ -307,5 +307,7 @@ def test_folders_that_are_none(tmp_path):
         look(str(tmp_path))
     (tmp_path / "manifest.json").write_text("{}")
     (tmp_path / "layer_000.safetensors").write_text("")
-    with pytest.raises(UserError, match="pipeline weights; export them first: pipedock to-hf --input "):
-        look(str(tmp_path))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "run"):
+        with pytest.raises(UserError, match="pipeline weights; export them first: pipedock to-hf --input "):
+            look(str(folder))

@@ -305,9 +305,9 @@ def test_the_hub_is_asked_for_the_config_alone(monkeypatch, tmp_path):
         raise OSError("offline. more")
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
-    assert verb._config_json("a/b")["hidden_size"] == 4096 and asked == [("a/b", "config.json")]
+    assert verb.config_json("a/b")["hidden_size"] == 4096 and asked == [("a/b", "config.json")]
     with pytest.raises(UserError, match=r"c/d: no such folder or file here, and the hub did not give a model .* \(offline\)"):
-        verb._config_json("c/d")
+        verb.config_json("c/d")
 
 
 def test_the_benchmark_predicts_without_a_gpu():
