@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections import deque
-from typing import Deque, List, Optional, Sequence, Tuple, Union
+from typing import Deque, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ PIECE = 256  # prompt tokens per forward pass
 TURN = 256  # prompt tokens between two decode steps
 
 Event = Union[TokenEvent, ApiError]
+# What torch raises, and what a mistake of ours would: that must not end the thread that everybody needs.
+BROKEN = (RuntimeError, MemoryError, ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class Scheduler:
@@ -68,11 +70,8 @@ class Scheduler:
                     try:
                         self._join()
                         self._decode()
-                    except (
-                        RuntimeError,
-                        MemoryError,
-                    ) as error:  # what torch raises; anything else is our mistake and ends the thread
-                        self._fail("%s: %s" % (type(error).__name__, str(error).split("\n")[0]))
+                    except BROKEN as error:
+                        self._fail(_words(error))
                     self._deliver()
         finally:
             self._fail("the server is stopping", list(self._waiting))
@@ -150,9 +149,16 @@ class Scheduler:
         self._metrics.observe("tgi_batch_decode_duration", time.perf_counter() - forward, "decode")
         self._end("decode", started, forward)
 
-    def _add(self, row: Row, choice: Choice) -> None:
-        """A chosen token: its text, whether it ends the request, and its event."""
-        event = row.add(self._text, choice)
+    def _add(self, row: Row, choice: Union[Choice, ApiError]) -> None:
+        """A chosen token: its text, whether it ends the request, and its event. What fails here concerns this request alone."""
+        try:
+            event: Event = choice if isinstance(choice, ApiError) else row.add(self._text, choice)
+        except BROKEN as error:
+            event = failed(_words(error))
+        if isinstance(event, ApiError):
+            self._out.append((row.job, event))
+            self._leave(row)
+            return
         if row.job.stream or event.finish_reason:
             self._out.append((row.job, event))
         if event.finish_reason:
@@ -198,11 +204,21 @@ class Scheduler:
         self._metrics.observe("tgi_batch_inference_duration", now - started, method)
 
 
-def choose(rows: List[Row], logits: Tensor) -> List[Choice]:
-    """The next token of each row; ``logits`` [B, V]. How a row is treated depends on that row alone."""
+def choose(rows: List[Row], logits: Tensor) -> List[Union[Choice, ApiError]]:
+    """The next token of each row; ``logits`` [B, V]. How a row is treated depends on that row alone, and so does its failure."""
     plain = [place for place, row in enumerate(rows) if row.sampler.plain]
-    found = dict(zip(plain, pick_plain(logits[plain]))) if plain else {}
-    return [found[place] if place in found else row.sampler.pick(logits[place]) for place, row in enumerate(rows)]
+    found: Dict[int, Union[Choice, ApiError]] = dict(zip(plain, pick_plain(logits[plain]))) if plain else {}
+    for place, row in enumerate(rows):
+        if place not in found:
+            try:
+                found[place] = row.sampler.pick(logits[place])
+            except BROKEN as error:
+                found[place] = failed(_words(error))
+    return [found[place] for place in range(len(rows))]
+
+
+def _words(error: BaseException) -> str:
+    return "%s: %s" % (type(error).__name__, str(error).split("\n")[0])
 
 
 def _put_all(batch: List[Tuple[Job, Event]]) -> None:

@@ -37,7 +37,7 @@ def build(options: Options) -> Tuple[Starlette, Service]:
     text.add_stop_ids(engine.generation_eos)
     if not text.stop_ids:
         LOG.warning("neither tokenizer nor generation_config.json name an end-of-sequence token: answers end at their length only")
-    limits = limits_of(options, engine.max_positions)
+    limits = limits_of(options, engine.max_positions, engine.known)
     metrics = Metrics(limits.max_input_tokens, limits.max_total_tokens)
     budget = options.max_batch_total_tokens or max(
         limits.max_total_tokens, int(free_memory(engine.device) * MEMORY_SHARE / max(1, engine.kv_bytes))
@@ -95,7 +95,7 @@ def load_engine(options: Options) -> Engine:
         raise UserError("%s: no usable model (%s)" % (options.model_id, _first_line(error))) from None
 
 
-def limits_of(options: Options, positions: int) -> Limits:
+def limits_of(options: Options, positions: int, vocabulary: int) -> Limits:
     """The launcher's limits, where they are not given from what the model was made for."""
     total = options.max_total_tokens or positions
     if total > positions:
@@ -104,7 +104,13 @@ def limits_of(options: Options, positions: int) -> Limits:
     if longest >= total:
         raise UserError("--max-input-tokens %d: must be less than the %d tokens in all" % (longest, total))
     return Limits(
-        options.max_best_of, options.max_stop_sequences, options.max_top_n_tokens, longest, total, options.max_client_batch_size
+        options.max_best_of,
+        options.max_stop_sequences,
+        options.max_top_n_tokens,
+        longest,
+        total,
+        options.max_client_batch_size,
+        vocabulary,
     )
 
 

@@ -20,7 +20,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # 
 
 
 class Engine:
-    """``vocab``: logits per row; ``max_positions``: tokens a row may have; ``device_name``; ``dtype``; ``kv_bytes`` per token."""
+    """``vocab``: logits per row; ``known``: token ids it can read; ``max_positions``: tokens a row may have; ``device_name``; ``dtype``; ``kv_bytes`` per token."""
 
     def __init__(
         self, folder: str, dtype: Optional[str] = None, revision: Optional[str] = None, trust_remote_code: bool = False
@@ -30,6 +30,7 @@ class Engine:
         config = self.model.config
         self.dtype = next(self.model.parameters()).dtype
         self.vocab = int(self.model.get_output_embeddings().weight.shape[0])
+        self.known = int(self.model.get_input_embeddings().weight.shape[0])
         self.max_positions = _positions(config)
         self.generation_eos = self.model.generation_config.eos_token_id if self.model.generation_config else config.eos_token_id
         self._arguments = set(inspect.signature(self.model.forward).parameters)

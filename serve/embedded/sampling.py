@@ -111,7 +111,7 @@ def _smallest_set(rank: Tensor, probs: Tensor, mass: float) -> Tensor:
         reached = torch.cumsum(chosen, -1)
         if count == size or float(reached[-1]) >= mass:
             break
-    return ids[reached - chosen < mass]
+    return ids[: max(1, int((reached - chosen < mass).sum()))]  # the first even if ``mass`` is less than a float32 can say
 
 
 def _only(scores: Tensor, ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, NamedTuple, NoReturn, Optional, Tuple, U
 
 Path = Tuple[Union[str, int], ...]
 Check = Callable[[Any, Path], Any]
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that makes sense only as one of two
 
 
 class BodyError(Exception):
@@ -88,11 +89,6 @@ def sequence(item: Check) -> Check:
 def string(value: Any, path: Path) -> str:
     if not isinstance(value, str):
         _refuse(value, path, "a string")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise Mismatch(path, "lone leading surrogate in hex escape") from None
     return value
 
 
@@ -183,7 +179,11 @@ SYNTAX = [  # the standard library's message -> the original's, at the end of th
 def _load(body: bytes) -> Tuple[str, Any]:
     try:
         text = body.decode("utf-8")
-        return text, json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        half = HALF.search(text)
+        if half:
+            _whole_characters(text, value, half.start())
+        return text, value
     except UnicodeDecodeError as error:
         _syntax(body[: error.start].decode("utf-8"), error.start, "invalid unicode code point")
     except json.JSONDecodeError as error:
@@ -195,6 +195,14 @@ def _load(body: bytes) -> Tuple[str, Any]:
     except ValueError as error:  # parse_constant, parse_float, or an integer longer than Python converts
         known = re.fullmatch(r"expected value|number out of range", str(error))
         _syntax(text, 1, str(error) if known else "number out of range")
+
+
+def _whole_characters(text: str, value: Any, position: int) -> None:
+    """Half a surrogate pair is a character that no encoding can carry: refused wherever it stands, as serde does."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        _syntax(text, position + 6, "lone leading surrogate in hex escape")
 
 
 def _no_constant(name: str) -> NoReturn:

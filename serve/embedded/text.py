@@ -41,8 +41,8 @@ class Text:
 
     def encode(self, text: str, special: bool) -> List[int]:
         """Token ids; ``special``: with what the tokenizer adds by itself (BOS). Safe to call from several threads."""
-        if self.fast:
-            return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=special).ids)
+        if self.fast:  # as a batch of one: encode() itself keeps Python's lock, and everybody would wait for a long prompt
+            return list(self.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids)
         with self._lock:
             return list(self.tokenizer.encode(text, add_special_tokens=special))
 
@@ -50,7 +50,7 @@ class Text:
         """(id, text, start, stop) of each token, in characters; a slow tokenizer knows no places: empty text, 0, 0."""
         if not self.fast:
             return [(one, "", 0, 0) for one in self.encode(text, special)]
-        coded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=special)
+        coded = self.tokenizer.backend_tokenizer.encode_batch([text], add_special_tokens=special)[0]
         return [(one, text[start:stop], start, stop) for one, (start, stop) in zip(coded.ids, coded.offsets)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:

@@ -21,6 +21,7 @@ class Limits:
     max_input_tokens: int = 1023
     max_total_tokens: int = 1024
     max_client_batch_size: int = 4
+    vocabulary: int = 2**32  # token ids that the model has rows for
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ def accept(ids: List[int], p: Parameters, limits: Limits) -> Accepted:
         raise invalid("`inputs` must have less than %d tokens. Given: %d" % (limits.max_input_tokens, len(ids)))
     if not ids:
         raise invalid("`inputs` has no token")
+    if max(ids) >= limits.vocabulary:  # a tokenizer with tokens added after the training: the forward pass of all would fail
+        raise invalid("`inputs` has token %d, but the model knows only %d" % (max(ids), limits.vocabulary))
     for name in ("grammar", "watermark", "adapter_id"):
         if getattr(p, name):
             raise invalid("%s is not supported" % name)

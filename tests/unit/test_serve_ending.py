@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
 from serve.embedded.errors import ApiError  # noqa: E402
-from serve.embedded.row import Job  # noqa: E402
+from serve.embedded.row import Job, Row  # noqa: E402
+from serve.embedded.sampling import Sampler  # noqa: E402
 from serve.embedded.validation import Accepted, Sampling  # noqa: E402
 from tests.contract.jobs import ended, job, play, scheduler_of, tiny_parts, tokens  # noqa: E402
 
@@ -54,6 +55,62 @@ def test_a_failed_step_fails_its_batch_and_nobody_later(parts, scheduler):
         "error_type": "generation",
     }
     assert error.status == 424 and suspect and not after and len(later.tokens) == 5
+
+
+@pytest.mark.parametrize("where", ["pick", "add"])
+def test_a_request_that_cannot_be_chosen_for_fails_alone(scheduler, monkeypatch, where):
+    """Its neighbour in the batch goes on, and so does the thread."""
+    owner = {"pick": Sampler, "add": Row}[where]
+
+    def breaks(function):
+        def work(self, *args):
+            how = getattr(self, "how", None) or self.sampler.how
+            if how.seed == 13:
+                raise IndexError("index 514 is out of bounds")
+            return function(self, *args)
+
+        return work
+
+    monkeypatch.setattr(owner, where, breaks(getattr(owner, where)))
+    good, bad = job([5, 6], 20, stream=True), job([7, 8], 20, seed=13)
+
+    async def work():
+        scheduler.submit(good)
+        await good.events.get()
+        scheduler.submit(bad)
+        error = (await ended(bad))[-1]
+        await ended(good)
+        return error, scheduler.alive
+
+    error, alive = play(scheduler, work())
+    assert error.text.endswith("Server error: IndexError: index 514 is out of bounds") and error.status == 424
+    assert alive and len(good.tokens) == 20
+
+
+@pytest.mark.parametrize("kind", [IndexError, TypeError, AssertionError, ZeroDivisionError])
+def test_no_error_in_a_step_ends_the_thread(parts, scheduler, kind):
+    engine, _ = parts
+
+    def breaks(*unused):
+        raise kind("ours")
+
+    engine.prefill = breaks
+    try:
+
+        async def work():
+            one = job([5], 5)
+            scheduler.submit(one)
+            error = (await ended(one))[-1]
+            del engine.prefill
+            later = job([6], 5)
+            scheduler.submit(later)
+            await ended(later)
+            return error, len(later.tokens)
+
+        error, count = play(scheduler, work())
+    finally:
+        engine.__dict__.pop("prefill", None)
+    assert error.text.endswith("%s: ours" % kind.__name__) and count == 5
 
 
 def test_stop_answers_everybody(scheduler):

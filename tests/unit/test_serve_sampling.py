@@ -101,6 +101,8 @@ def test_greedy_takes_the_first_of_equals_alone_and_in_a_batch():
         Sampling(seed=1, temperature=1e-30),
         Sampling(seed=1, temperature=1e30),
         Sampling(seed=1, top_p=0.5, typical_p=0.5),
+        Sampling(seed=1, top_p=1e-300),
+        Sampling(seed=1, typical_p=1e-300, top_k=1),
         Sampling(repetition_penalty=1e30),
         Sampling(repetition_penalty=1e-30, seed=1),
     ],

@@ -1,6 +1,8 @@
 """Text token by token equals the text as a whole: byte-level BPE, sentencepiece spaces and characters cut into bytes."""
 
 import json
+import threading
+import time
 
 import pytest
 
@@ -165,3 +167,17 @@ def test_stop_ids_are_the_tokenizers_and_the_generation_configs(texts):
     text.add_stop_ids(None)
     text.add_stop_ids(7)
     assert text.stop_ids == {2, 5, 7}
+
+
+@pytest.mark.parametrize("call", [lambda text, long: text.encode(long, True), lambda text, long: text.offsets(long, True)])
+def test_a_long_prompt_leaves_pythons_lock_to_others(texts, call):
+    """Otherwise nobody is answered while a megabyte is tokenized."""
+    begin, long = threading.Event(), "a " * 200000
+    thread = threading.Thread(target=lambda: begin.wait() and call(texts["bpe"], long))
+    thread.start()
+    begin.set()
+    turns = 0
+    while thread.is_alive():
+        time.sleep(0.005)
+        turns += 1
+    assert turns > 5  # one or two with the lock held

@@ -8,7 +8,7 @@ from serve.embedded.errors import ApiError  # noqa: E402
 from serve.embedded.params import Parameters  # noqa: E402
 from serve.embedded.validation import Limits  # noqa: E402
 
-LIMITS = Limits(max_input_tokens=99, max_total_tokens=100)
+LIMITS = Limits(max_input_tokens=99, max_total_tokens=100, vocabulary=50)
 
 
 def asked(**given):
@@ -160,3 +160,10 @@ def test_what_counts_as_sampling(given, sampled):
 def test_seeds():
     assert validation.sampling_of(asked(do_sample=True, seed=2**64 - 1)).seed == 2**64 - 1
     assert validation.sampling_of(asked(do_sample=True)).seed != validation.sampling_of(asked(do_sample=True)).seed
+
+
+def test_a_token_that_the_model_does_not_know():
+    """From a tokenizer with tokens added after the training: in the forward pass it would fail everybody's step."""
+    text = "`inputs` has token 50, but the model knows only 50"
+    assert problem(validation.accept, [1, 50, 2], asked(max_new_tokens=1), LIMITS) == text
+    assert validation.accept([1, 49], asked(max_new_tokens=1), LIMITS).ids == [1, 49]
