@@ -66,6 +66,7 @@ def text(document: Dict[str, Any]) -> str:
         lines.append("  %-26s %-9s %s" % (check["name"], said, _figures(check)))
         lines += ["    " + failure for failure in check["failures"][:SHOWN]]
         lines += ["    ... and %d more" % (len(check["failures"]) - SHOWN)] if len(check["failures"]) > SHOWN else []
+    lines += ["  note: " + note for note in document["notes"]]
     lines.append("%d of %s, %.1f s" % (len(document["records"]), document["records_of"], document["seconds"]))
     return "\n".join(lines)
 

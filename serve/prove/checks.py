@@ -1,13 +1,16 @@
 """What a live server must do, one function a check. Each returns its figures and what failed, in words that name the record."""
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set
 
 from pipeline_train.data.encode import TextCodec
+from pipeline_train.data.records import Record
+from pipeline_train.data.template import TemplateRefused
 from pipeline_train.errors import RunFailed
 
 from ..client import Invalid
 from . import difference
-from .prompts import Prompt
+from .prompts import Prompt, stored_ids
 from .servers import Seen, Tgi, Vllm
 
 CLOSING_COUNT = 4  # tokens asked for where the next one should end the answer
@@ -20,6 +23,7 @@ class Check:
         self.name, self.what, self.compared = name, what, 0
         self.figures: Dict[str, Any] = {}
         self.failures: List[str] = []
+        self.wrong: Set[str] = set()  # the prompts whose ids were wrong
 
     @property
     def holds(self) -> Optional[bool]:
@@ -31,8 +35,10 @@ class Check:
 
 
 class Answer(NamedTuple):
-    """A greedy answer of the server to ``ids``; ``most``: the tokens that it was asked for."""
+    """A greedy answer of the server to ``ids``, which are those of ``prompt`` (its place) or begin with them; ``most``: the tokens
+    that it was asked for."""
 
+    prompt: str
     where: str
     ids: List[int]
     seen: Seen
@@ -43,19 +49,41 @@ class Answer(NamedTuple):
         return [one for one, _ in self.seen.tokens]
 
 
+def stored(codec: TextCodec, data: Path, records: Sequence[Record]) -> Check:
+    """What is taken for training's ids here is what the run was trained on, where its encoded data still lies in ``data``."""
+    check = Check("trained ids", "tokens")
+    compared = 0
+    for record in records if "strftime_now" not in codec.chat_template else []:  # a run has one date, a server another
+        trained = stored_ids(data, record.line)
+        if trained is None:
+            continue
+        compared += 1
+        check.compared += len(trained)
+        try:
+            made = codec.encode(record).ids
+        except TemplateRefused:
+            made = []
+        if made[: len(trained)] != trained:
+            check.failures.append("%s: encoded now, it has other ids than the run was trained on (%s): the tokenizer, the template "
+                                  "or the records were changed since" % (record.where, data))  # fmt: skip
+    check.figures = {"records": compared, "from": str(data), "why": "nothing of these records can be compared in %s" % data}
+    return check
+
+
 def ask(server: "Tgi | Vllm", prompts: Sequence[Prompt], count: int, tell: bool) -> List[Answer]:
     """Every prompt that can be sent, and every trained answer, to which only an end is missing. ``tell``: with the prompt's
     log-probabilities."""
     asked = []
     for prompt in prompts:
         if prompt.text is not None:
-            asked.append((prompt.where, prompt.ids, prompt.text, count, tell))
+            asked.append((prompt, prompt.where, prompt.ids, prompt.text, count, tell))
         if prompt.closing is not None:
-            asked.append((prompt.where + " with its answer", prompt.closing_ids, prompt.closing, CLOSING_COUNT, False))
+            where = prompt.where + " with its answer"
+            asked.append((prompt, where, prompt.closing_ids, prompt.closing, CLOSING_COUNT, False))
     answers = []
-    for where, ids, text, most, told in asked:
+    for prompt, where, ids, text, most, told in asked:
         try:
-            answers.append(Answer(where, ids, server.greedy(text, most, told), most))
+            answers.append(Answer(prompt.where, where, ids, server.greedy(text, most, told), most))
         except Invalid as error:
             raise RunFailed("%s: %s: the server refuses the prompt: %s" % (server.url, where, error)) from None
     return answers
@@ -82,12 +110,14 @@ def token_ids(server: "Tgi | Vllm", codec: TextCodec, prompts: Sequence[Prompt],
         got = None if prompt.text is None else server.text_ids(prompt.text)
         if got is not None:
             sources.add(server.tokenizes)
-            _same_ids(check, codec, "%s (%s)" % (prompt.where, server.tokenizes), prompt.ids, got)
+            if not _same_ids(check, codec, "%s (%s)" % (prompt.where, server.tokenizes), prompt.ids, got):
+                check.wrong.add(prompt.where)
     for answer in answers:
         if answer.seen.prompt:
             sources.add(server.tells)
             got = [one for one, _ in answer.seen.prompt]
-            _same_ids(check, codec, "%s (%s)" % (answer.where, server.tells), answer.ids, got)
+            if not _same_ids(check, codec, "%s (%s)" % (answer.where, server.tells), answer.ids, got):
+                check.wrong.add(answer.prompt)
     bos = codec.tokenizer.bos_token_id
     leading = {prompt.ids[0] == bos for prompt in prompts if prompt.text is not None}
     check.figures = {"prompts": sum(prompt.text is not None for prompt in prompts), "by": sorted(sources),
