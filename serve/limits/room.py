@@ -48,6 +48,10 @@ def room(case: Case, verdict: Verdict) -> None:
             "--max-total-tokens %d: beside the weights %s holds one request of about %d tokens: use at most that%s"
             % (total, case.card.a, found["max_context"], _more_shards(case, total))
         )
+    longest = case.asked.max_input
+    if total is None and longest is not None and longest >= found["max_context"]:
+        verdict.refuse("--max-input-tokens %d: beside the weights %s holds one request of about %d tokens: use less%s" % (
+            longest, case.card.a, found["max_context"], _more_shards(case, longest + 1)))  # fmt: skip
     _flags(case, verdict, found, fraction)
 
 
@@ -101,8 +105,10 @@ def _vllm_flags(case: Case, verdict: Verdict, found: Dict[str, Any], fraction: O
 
 def _old_flags(case: Case, verdict: Verdict, found: Dict[str, Any]) -> None:
     """0.8 believes its own defaults: 32000 tokens of a batch, whatever the card holds."""
-    context, batch, given = found["max_context"], found["max_batch_tokens"], case.asked.max_total
-    if given is None and case.asked.max_input is None and context < OLD_TOTAL:
+    context, batch, given, longest = found["max_context"], found["max_batch_tokens"], case.asked.max_total, case.asked.max_input
+    if given is None and longest is not None:
+        given = max(OLD_TOTAL, longest + OLD_TOTAL - OLD_INPUT)  # what serve makes of it
+    if given is None and context < OLD_TOTAL:
         verdict.flags += ["--max-total-tokens", str(context), "--max-input-length", str(min(OLD_INPUT, context * 2 // 3))]
     if batch < OLD_BATCH and (given or 0) <= OLD_BATCH:
         verdict.flags += ["--max-batch-total-tokens", str(max(batch, given or 0))]

@@ -165,7 +165,17 @@ def test_08_is_told_what_a_batch_may_hold():
     assert longest < total == verdict.capacity["max_context"] < 1512
     verdict = accepted(LLAMA_7B, "tgi", "0.8", 1, "t4", max_total=2000)
     assert flag(verdict, "--max-batch-total-tokens") >= 2000 and "--max-total-tokens" not in verdict.flags  # the user's own
+    verdict = accepted(BLOOM_7B, "tgi", "0.8", 1, "t4", max_input=500)
+    assert flag(verdict, "--max-batch-total-tokens") >= 1512 and "--max-total-tokens" not in verdict.flags
     assert accepted(LLAMA_7B, "tgi", "0.8", 8, "t4").flags == []
+
+
+def test_a_prompt_that_does_not_fit():
+    fits = accepted(BLOOM_7B, "tgi", "0.8", 1, "t4").capacity["max_context"]
+    reason = refused(BLOOM_7B, "tgi", "0.8", 1, "t4", max_input=fits)
+    assert reason.startswith("--max-input-tokens %d: beside the weights a t4 holds one request of about %d" % (fits, fits))
+    assert reason.endswith("use less, or --num-shard 2")
+    accepted(BLOOM_7B, "tgi", "0.8", 1, "t4", max_input=fits - 1)
 
 
 def test_33_is_told_what_it_may_try_of_a_bloom():
