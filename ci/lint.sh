@@ -21,7 +21,7 @@ check() { # NAME COMMAND...
 
 check "ruff check" "$VENV/bin/ruff" check .
 check "ruff format" "$VENV/bin/ruff" format --check .
-check "mypy" "$VENV/bin/mypy" pipedock.py pipeline_train export serve verbs ci compose/road.py images/tag.py images/install_lock.py
+check "mypy" "$VENV/bin/mypy" pipedock.py pipeline_train export serve bench verbs ci compose/road.py images/tag.py images/install_lock.py
 check "shellcheck" "$TOOLS/shellcheck" -x -P SCRIPTDIR "${scripts[@]}"
 check "hadolint" "$TOOLS/hadolint" "${dockerfiles[@]}"
 [ ${#failed[@]} = 0 ] || fail "not clean: ${failed[*]}"

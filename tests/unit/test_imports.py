@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("pipeline_train", "export", "serve", "verbs")
+PACKAGES = ("pipeline_train", "export", "serve", "bench", "verbs")
 
 # Lowest first: a module may import its own row and the rows above it in this list.
 ROWS = [
@@ -31,17 +31,19 @@ LIMITS_MAY = {"errors", "families", "plan"}  # serve/limits: what a bare Python 
 PROVE_MAY = SERVE_MAY | {"host", "data.records", "data.encode"}  # serve/prove compares a server with training itself
 LIBRARIES = {  # library -> where it may be imported
     "deepspeed": tuple("pipeline_train/%s.py" % name for name in ("compat", "stages", "engine", "optimizer"))
-    + ("serve/ds_generate.py",),
+    + ("serve/ds_generate.py", "bench/peers.py", "bench/ancestor.py"),
     "transformers": (
         "pipeline_train/data/encode.py",
         "pipeline_train/selftest.py",
         "pipeline_train/random_model.py",
+        "bench/peers.py",
+        "bench/ancestor.py",
         "export/",
         "serve/embedded/",
         "serve/ds_generate.py",
         "serve/prove/",
     ),
-    "torch": ("pipeline_train/", "export/", "serve/embedded/", "serve/ds_generate.py", "serve/prove/"),
+    "torch": ("pipeline_train/", "export/", "bench/", "serve/embedded/", "serve/ds_generate.py", "serve/prove/"),
     "docker": ("serve/",),
 }
 NO_TORCH = tuple("pipeline_train/" + name for name in (
@@ -96,7 +98,7 @@ def test_layers_point_down(path):
     assert mine is not None, "%s has no row in the import rule; add it here and to CONTRIBUTING.md" % path
     too_high = [n for n in modules(imported(path)) if row_of(n) > mine]
     assert not too_high, "%s (row %d) imports %s" % (path, mine, too_high)
-    assert not [n for n in imported(path) if n.split(".")[0] in ("export", "serve", "verbs", "pipedock")]
+    assert not [n for n in imported(path) if n.split(".")[0] in ("export", "serve", "bench", "verbs", "pipedock")]
 
 
 @pytest.mark.parametrize("path", [p for p in files() if p.parts[0] in ("export", "serve")], ids=str)
@@ -106,7 +108,7 @@ def test_export_and_serve_stay_beside(path):
     may = LIMITS_MAY if path.parts[:2] == ("serve", "limits") else may
     used = {n for n in modules(imported(path)) if not any(n == m or n.startswith(m + ".") for m in may)}
     assert not used, "%s imports %s" % (path, used)
-    assert not [n for n in imported(path) if n.split(".")[0] in (other, "verbs", "pipedock")]
+    assert not [n for n in imported(path) if n.split(".")[0] in (other, "bench", "verbs", "pipedock")]
 
 
 @pytest.mark.parametrize("library", sorted(LIBRARIES))

@@ -1,0 +1,117 @@
+"""``pipedock bench``: how fast, measured here, with peers side by side."""
+
+import argparse
+from typing import Any, Dict, List, Tuple
+
+HELP = "measure on this machine, with peers side by side: train, convert"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    train = what.add_parser("train", help="a step of training through the real engine: tokens/s, MFU, memory")
+    train.add_argument("--model", metavar="NAME", help="llama-7b, bloom-7b, ..., a config.json or a model folder "
+                       "(default: eight blocks of llama-7b on a GPU, llama-tiny on a CPU)")  # fmt: skip
+    train.add_argument("--blocks", type=int, metavar="N", help="transformer blocks, in place of the model's: a stage of it")
+    train.add_argument("--config", metavar="RUN", help="run.yaml: measure that run, its own data included")
+    train.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a key of run.yaml; may be repeated")
+    train.add_argument("--seq-len", type=int, default=1024, metavar="T", help="default 1024")
+    train.add_argument("--micro", type=int, default=4, metavar="B", help="rows of a micro-batch; default 4")
+    train.add_argument("--micro-batches", type=int, default=16, metavar="M", help="of a step and replica; default 16")
+    train.add_argument("--documents", type=int, default=212, metavar="N",
+                       help="tokens of a document on average (alpaca: 212, the default); 0: full rows")  # fmt: skip
+    train.add_argument("--pipe", type=int, default=1, metavar="P", help="stages; default 1")
+    train.add_argument("--data", type=int, default=1, metavar="D", help="replicas; default 1")
+    train.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU, fp32 on a CPU")
+    train.add_argument("--recompute", choices=["none", "blocks"], default="none")
+    train.add_argument("--optim", choices=["adamw", "lion"], default="adamw")
+    train.add_argument("--compile", action="store_true", help="run.compile")
+    train.add_argument("--steps", type=int, default=3, metavar="N", help="that are timed; default 3")
+    train.add_argument("--peers", action="store_true", help="also the ancestor's way and transformers alone, or ZeRO-3 and FSDP2")
+    convert = what.add_parser("convert", help="from-hf and to-hf of a synthetic model against cp of the same files")
+    convert.add_argument("--model", default="llama-tiny", metavar="NAME", help="as for train; default llama-tiny")
+    convert.add_argument("--blocks", type=int, metavar="N")
+    convert.add_argument("--dir", metavar="DIR", help="where to work: four times the model's size (default: the temporary folder)")
+    convert.add_argument("--verify", action="store_true", help="also the proof, layer by layer")
+    for one in (train, convert):
+        one.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> Dict[str, Any]:
+    if args.what == "convert":
+        from bench.convert import bench as convert
+        from bench.shapes import model_of
+
+        return {"what": "convert", "rows": convert(model_of(args.model, args.blocks), args.dir, args.verify, _say)}
+    return _train(args)
+
+
+def _train(args: argparse.Namespace) -> Dict[str, Any]:
+    from bench.train import bench, checked
+    from pipeline_train.errors import UserError
+
+    for name in ("seq_len", "micro", "micro_batches", "pipe", "data", "steps"):
+        if getattr(args, name) < 1:
+            raise UserError("--%s %d: must be at least 1" % (name.replace("_", "-"), getattr(args, name)))
+    if args.documents < 0:
+        raise UserError("--documents %d: must be 0 or more" % args.documents)
+    case, cuda = checked(_case(args), _say)
+    return {"what": "train", "rows": bench(case, args.peers, cuda, _say)}
+
+
+def _case(args: argparse.Namespace) -> Any:
+    from bench.shapes import model_of
+    from bench.task import Case
+
+    if args.config is not None:
+        from bench.of_run import case_of
+
+        return case_of(args.config, tuple(args.set), args.steps, _say)
+    from bench.rows import drawn
+
+    model, blocks = args.model, args.blocks
+    if model is None:
+        from pipeline_train.plan import card_here
+
+        model, blocks = ("llama-7b", blocks or 8) if card_here() else ("llama-tiny", blocks)
+    return Case(
+        "ours", model_of(model, blocks), args.seq_len, args.micro, args.micro_batches, args.pipe, args.data,
+        dtype=args.dtype or "auto", recompute=args.recompute, compile=args.compile, optim=args.optim,
+        steps=args.steps, documents=drawn(args.documents, args.seq_len),
+    )  # fmt: skip
+
+
+def _say(line: str) -> None:
+    import sys
+
+    print(line, file=sys.stderr, flush=True)
+
+
+def text(document: Dict[str, Any]) -> str:
+    rows = document["rows"]
+    return table(*_train_table(rows)) if document["what"] == "train" else table(*_convert_table(rows))
+
+
+def _train_table(rows: List[Dict[str, Any]]) -> Tuple[List[str], List[List[str]]]:
+    head = ["engine", "micro", "tokens/s", "learnt tokens/s", "with padding", "MFU", "GiB", "step s", "ours is"]
+    body = []
+    for row in rows:
+        if "error" in row:
+            body.append([row["engine"], str(row["micro"]), row["error"]])
+            continue
+        mfu = "-" if row["mfu"] is None else "%.3f" % row["mfu"]
+        rates = ["%.0f" % row[key] for key in ("tokens_per_s", "learnt_tokens_per_s", "positions_per_s")]
+        body.append([row["engine"], str(row["micro"]), *rates, mfu, "%.2f" % max(row["gib"]), "%.3f" % row["step_s"],
+                     "%.2f x" % row["ratio"]])  # fmt: skip
+    return head, body
+
+
+def _convert_table(rows: List[Dict[str, Any]]) -> Tuple[List[str], List[List[str]]]:
+    head = ["what", "s", "GB/s", "of cp", "GiB beyond imports"]
+    return head, [[row["what"], "%.2f" % row["seconds"], "%.3f" % row["gb_per_s"], "%.2f" % row["of_cp"],
+                   "%.2f" % row["peak_gib_over_imports"]] for row in rows]  # fmt: skip
+
+
+def table(head: List[str], body: List[List[str]]) -> str:
+    """Columns as wide as their widest cell; short rows end early."""
+    widths = [max([len(head[n])] + [len(row[n]) for row in body if len(row) == len(head)]) for n in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head] + body)
