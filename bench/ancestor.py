@@ -60,7 +60,8 @@ class Head(nn.Module):
         super().__init__()
         decoder = decoder_of(model)
         self.norm = decoder.ln_f if hasattr(decoder, "ln_f") else decoder.norm
-        self.head = nn.Linear(*reversed(model.lm_head.weight.shape), bias=False)
+        vocab, hidden = model.lm_head.weight.shape
+        self.head = nn.Linear(hidden, vocab, bias=False)  # its own: a stage may have no embedding to share
 
     def forward(self, wire: Wire) -> torch.Tensor:
         return self.head(self.norm(wire[0]))

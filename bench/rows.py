@@ -51,7 +51,8 @@ class Rows:
     def step(self, number: int, rows: int, micro: int) -> Tuple[List[MicroBatch], Counts]:
         """``rows`` rows in micro-batches of ``micro``, another part of the documents for another ``number``."""
         members = list(self._members(number * rows, rows))
-        counts = Counts(*(sum(part) for part in zip(*(self._counted(row) for row in members))), rows * self.seq)
+        tokens, learnt, pairs = (sum(part) for part in zip(*(self._counted(row) for row in members)))
+        counts = Counts(tokens, learnt, pairs, rows * self.seq)
         generator = torch.Generator().manual_seed(number)
         return [self._micro_batch(members[first : first + micro], generator) for first in range(0, rows, micro)], counts
 
