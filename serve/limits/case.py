@@ -90,7 +90,7 @@ class Case(NamedTuple):
         if not self.card.known or self.card.cpu:
             return True
         found = memory.capacity(self.load(shards), self.card)
-        return found is None or found["max_context"] >= tokens
+        return found is None or found["fitting_context"] >= tokens
 
     def export(self, target: str) -> str:
         """The command that writes this model for a server that can load it."""

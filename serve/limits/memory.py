@@ -108,8 +108,8 @@ def capacity(load: Load, card: Card, fraction: Optional[float] = None) -> Option
     """What fits on each GPU of a card that is known; None where too little is known of the model.
 
     ``weights_gib_per_gpu``, ``kv_gib_per_token``, ``usable_gib`` (card, less what the server leaves alone and CUDA's context),
-    ``free_gib`` (less the weights, negative when they do not fit), ``max_context`` (tokens of one request, prompt and answer),
-    ``max_batch_tokens`` (tokens of all requests together), 0 where nothing fits."""
+    ``free_gib`` (less the weights, negative when they do not fit), ``fitting_context`` (tokens of one request, prompt and answer),
+    ``max_context`` (the same, within the model's positions), ``max_batch_tokens`` (all requests together); 0 where nothing fits."""
     held, token = weights(load), cache(load)
     if held is None or token is None:
         return None
@@ -123,12 +123,10 @@ def capacity(load: Load, card: Card, fraction: Optional[float] = None) -> Option
         copies = 2 if load.engine.line == "0.8" and not load.padded else 1
         return copies * token * tokens + prompt(load, min(tokens, CHUNK if cut else 1000))
 
-    context = most(taken, free)
-    if load.sizes.positions is not None:
-        context = min(context, load.sizes.positions)
-    batch = max(context, most(together, free))
+    fitting = most(taken, free)
+    context = min(fitting, load.sizes.positions or fitting)
     return {"weights_gib_per_gpu": held, "kv_gib_per_token": token, "usable_gib": usable, "free_gib": free,
-            "max_context": context, "max_batch_tokens": batch}  # fmt: skip
+            "fitting_context": fitting, "max_context": context, "max_batch_tokens": max(context, most(together, free))}  # fmt: skip
 
 
 def most(cost: Callable[[int], float], free: float) -> int:

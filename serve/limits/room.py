@@ -35,7 +35,7 @@ def room(case: Case, verdict: Verdict) -> None:
         verdict.note("not judged: memory, nothing here says how large the model is")
         return
     if found["max_context"] < LEAST:
-        verdict.capacity = dict(found, max_context=0, max_batch_tokens=0)
+        verdict.capacity = dict(found, fitting_context=0, max_context=0, max_batch_tokens=0)
         verdict.refuse(_too_large(case, found))
         return
     custom = case.old and case.sizes.model_type == "bloom" and "--disable-custom-kernels" not in verdict.flags
@@ -43,10 +43,10 @@ def room(case: Case, verdict: Verdict) -> None:
         found["max_context"] = min(found["max_context"], KERNEL_LIMIT - 1)
     verdict.capacity = found
     total = case.asked.max_total
-    if total is not None and total > found["max_context"] and not (case.sizes.positions or total) < total:
+    if total is not None and total > found["fitting_context"]:
         verdict.refuse(
             "--max-total-tokens %d: beside the weights %s holds one request of about %d tokens: use at most that%s"
-            % (total, case.card.a, found["max_context"], _more_shards(case, total))
+            % (total, case.card.a, found["fitting_context"], _more_shards(case, total))
         )
     longest = case.asked.max_input
     if total is None and longest is not None and longest >= found["max_context"]:
@@ -110,6 +110,9 @@ def _old_flags(case: Case, verdict: Verdict, found: Dict[str, Any]) -> None:
         given = max(OLD_TOTAL, longest + OLD_TOTAL - OLD_INPUT)  # what serve makes of it
     if given is None and context < OLD_TOTAL:
         verdict.flags += ["--max-total-tokens", str(context), "--max-input-length", str(min(OLD_INPUT, context * 2 // 3))]
+    elif given is None:
+        verdict.note("without --max-input-tokens and --max-total-tokens %s takes prompts of %d tokens and requests of %d" % (
+            case.title, OLD_INPUT, OLD_TOTAL))  # fmt: skip
     if batch < OLD_BATCH and (given or 0) <= OLD_BATCH:
         verdict.flags += ["--max-batch-total-tokens", str(max(batch, given or 0))]
 
@@ -117,13 +120,11 @@ def _old_flags(case: Case, verdict: Verdict, found: Dict[str, Any]) -> None:
 def _padded_flags(case: Case, verdict: Verdict, found: Dict[str, Any]) -> None:
     """3.3 computes a prompt of --max-batch-prefill-tokens before it answers: what does not fit ends it."""
     asked, context, batch = case.asked, found["max_context"], found["max_batch_tokens"]
-    prefill = (
-        PREFILL
-        if asked.max_input is None and asked.max_total is None
-        else max(PREFILL, asked.max_input or (asked.max_total or 1) - 1)
-    )
-    if context < prefill and asked.max_input is None and asked.max_total is None:
-        prefill = context
+    free = asked.max_input is None and asked.max_total is None  # otherwise serve names the prefill
+    prefill = min(PREFILL, context) if free else max(PREFILL, asked.max_input or asked.max_total or 0)
+    if free:
+        verdict.note("without --max-total-tokens %s takes requests of %d tokens of this model" % (case.title, prefill))
+    if prefill < PREFILL:
         verdict.flags += ["--max-batch-prefill-tokens", str(prefill)]
     if batch < BATCH:
         verdict.flags += ["--max-batch-total-tokens", str(max(batch, prefill, asked.max_total or 0))]

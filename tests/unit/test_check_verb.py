@@ -66,7 +66,7 @@ def test_the_documents(capfd, model):
     assert (uses["engine"], uses["version"], uses["num_shard"], uses["gpu"]) == ("tgi", "3.3.7", 2, "t4")
     assert uses["env"] == {"ATTENTION": "paged"} and uses["digest"] is None and uses["writable"] is False
     assert set(uses["capacity"]) == {
-        "weights_gib_per_gpu", "kv_gib_per_token", "usable_gib", "free_gib", "max_context", "max_batch_tokens"
+        "weights_gib_per_gpu", "kv_gib_per_token", "usable_gib", "free_gib", "fitting_context", "max_context", "max_batch_tokens"
     }  # fmt: skip
     code, out, err = check(capfd, "--model", where, "--gpu", "t4", "--num-shard", "3", "--config-only", "--json")
     document = json.loads(out)

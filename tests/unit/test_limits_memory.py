@@ -132,6 +132,8 @@ def test_a_length_that_does_not_fit():
     accepted(BLOOM_7B, "tgi", "3.3", 8, "t4", max_total=8000)
     fits = int(reason.split("about ")[1].split()[0])
     accepted(BLOOM_7B, "tgi", "3.3", 2, "t4", max_total=fits)
+    reason = refused(LLAMA_7B, "tgi", "3.3", 1, "t4", max_total=4096)  # beyond its 2048 positions, too
+    assert "about 1554 tokens" in reason and reason.endswith(", or --num-shard 2")
     assert refused(BLOOM_7B, "tgi", "3.3", 2, "t4", max_total=fits + 1)
 
 
@@ -188,6 +190,16 @@ def test_33_is_told_what_it_may_try_of_a_bloom():
     assert "--max-batch-prefill-tokens" not in verdict.flags and flag(verdict, "--max-batch-total-tokens") >= 4096
     assert accepted(BLOOM_7B, "tgi", "3.3", 1, "a100").flags == []
     assert accepted(LLAMA_7B, "tgi", "3.3", 1, "t4").flags == []  # flash attention finds its own size
+
+
+def test_what_a_server_takes_of_itself_is_said_where_nobody_names_a_length():
+    said = "prompts of 1000 tokens and requests of 1512"
+    assert said in note(accepted(LLAMA_7B, "tgi", "0.8", 8, "t4"), "without --max")
+    assert "requests of 4096 tokens" in note(accepted(BLOOM_7B, "tgi", "3.3", 1, "a100"), "without --max")
+    assert "requests of 3469 tokens" in note(accepted(BLOOM_7B, "tgi", "3.3", 2, "t4"), "without --max")
+    for config, version in ((LLAMA_7B, "0.8"), (BLOOM_7B, "3.3")):
+        assert not any("without --max" in text for text in accepted(config, "tgi", version, 8, "t4", max_total=2000).notes)
+    assert not any("without --max" in text for text in accepted(LLAMA_7B, "tgi", "3.3", 8, "t4").notes)
 
 
 def test_vllm_is_told_a_length_that_its_cache_can_hold():
