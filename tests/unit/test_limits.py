@@ -225,6 +225,13 @@ def test_another_release_of_a_known_line_is_judged_like_it_and_named_by_its_own_
     assert not any("judged by" in text for text in accepted(LLAMA_7B, "tgi", "3.3.7").notes)
 
 
+def test_every_server_that_is_pinned_has_its_limits():
+    for row in engines.table():
+        for gpu in ("t4", "h100", "cpu", None):
+            verdict = ask(LLAMA_7B, row["engine"], row["version"], 1, gpu, driver="600.1")
+            assert verdict.image == "%s:%s" % (row["image"], row["tag"]) and bool(verdict.capacity) is (gpu in ("t4", "h100"))
+
+
 def test_old_files_are_read_under_their_own_names():
     accepted(LLAMA_2023, "tgi", "0.8", 8, "t4")
     accepted(BLOOM_176B, "tgi", "0.8", 8, "a100")
