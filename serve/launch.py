@@ -38,7 +38,6 @@ class ContainerServer:
     def wait(self) -> int:
         """Until it has ended -> exit code. Its log is kept, itself removed."""
         code = self.state.wait()
-        self.state.handle.reload()
         self.state.remove()
         return code
 

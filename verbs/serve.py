@@ -1,6 +1,7 @@
 """``pipedock serve``: start a server for a model folder, watch it, stop it."""
 
 import argparse
+import json
 import signal
 import sys
 import threading
@@ -119,7 +120,7 @@ def _serve(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
     document = _document(server.state)
     if args.detach:
         return document
-    args.answer.write((_json(document) if args.json else text(document)) + "\n")
+    args.answer.write((json.dumps(document, ensure_ascii=False) if args.json else text(document)) + "\n")
     args.answer.flush()
     try:
         follow(server, stopping)
@@ -218,12 +219,6 @@ def _key(path: str) -> str:
     if not key or len(key.split()) != 1:
         raise UserError("--api-key-file %s: expected one word" % path)
     return key
-
-
-def _json(document: Dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(document, ensure_ascii=False)
 
 
 class Progress:

@@ -1,10 +1,11 @@
 """The Docker Engine of this machine, through its SDK; what it says when it does not do as it is told."""
 
+import contextlib
 import os
-from typing import Any
+from typing import Any, Iterator
 from urllib.parse import urlsplit
 
-from pipeline_train.errors import UserError
+from pipeline_train.errors import RunFailed, UserError
 
 TIMEOUT_S = 60  # for one answer of the engine
 LOCAL = (None, "localhost", "localnpipe", "127.0.0.1", "::1")  # a socket, the SDK's names for sockets, this machine's
@@ -58,6 +59,20 @@ def _not_reachable(error: str, host: str) -> NoEngine:
         "none" % (where, reason),
         absent,
     )
+
+
+@contextlib.contextmanager
+def answering() -> Iterator[None]:
+    """RunFailed for what Docker refuses, or does not answer any more, in the middle of the work."""
+    import docker
+    import requests
+
+    try:
+        yield
+    except docker.errors.NotFound as error:
+        raise RunFailed("the container is gone, somebody else has removed it: %s" % said(error)) from None
+    except (docker.errors.DockerException, requests.RequestException) as error:
+        raise RunFailed("Docker's engine refuses, or answers no more: %s" % said(error)) from None
 
 
 def said(error: Exception) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Dict, Iterator, Optional
 from .. import state
 from ..reach import curl_lines
 from .argv import version_of
+from .daemon import answering
 
 STOP_S = 120  # before the engine kills: TGI waits up to 90 s for running requests
 PORT, MODEL, ENGINE, VERSION, URL, IDENTITY, KEYED, NAME = (
@@ -74,19 +75,24 @@ class Found:
     def lines(self) -> Iterator[str]:
         """All it has said and goes on to say, line by line, until it ends."""
         timeout, self.client.api.timeout = self.client.api.timeout, None  # it may be silent for hours
-        rest, before = b"", ""
         try:
-            for part in self.handle.logs(stream=True, follow=True):
-                *whole, rest = (rest + part).split(b"\n")
-                for line in whole:
-                    shown = _text(before.encode() + line.rstrip(b"\r"))[len(before) :]
-                    before = "api_key: Some(\n" if shown.rstrip().endswith("api_key: Some(") else ""
-                    yield shown + "\n"
+            with answering():
+                yield from self._lines()
         finally:
             self.client.api.timeout = timeout
+
+    def _lines(self) -> Iterator[str]:
+        rest, before = b"", ""
+        for part in self.handle.logs(stream=True, follow=True):
+            *whole, rest = (rest + part).split(b"\n")
+            for line in whole:
+                shown = _text(before.encode() + line.rstrip(b"\r"))[len(before) :]
+                before = "api_key: Some(\n" if shown.rstrip().endswith("api_key: Some(") else ""
+                yield shown + "\n"
         if rest:
             yield _text(rest) + "\n"
 
+    @answering()
     def said(self, lines: Any = "all") -> str:
         return _text(self.handle.logs(tail=lines))
 
@@ -95,14 +101,18 @@ class Found:
         Path(self.log).write_text(self.said(), encoding="utf-8")
         return self.log
 
+    @answering()
     def wait(self) -> int:
         """Until it has ended -> exit code."""
         self.client.api.timeout, timeout = None, self.client.api.timeout
         try:
-            return int(self.handle.wait()["StatusCode"])
+            code = int(self.handle.wait()["StatusCode"])
+            self.handle.reload()
+            return code
         finally:
             self.client.api.timeout = timeout
 
+    @answering()
     def stop(self) -> int:
         """SIGTERM; running requests are finished first. Its log is kept, itself removed. -> exit code"""
         self.handle.stop(timeout=STOP_S)
@@ -111,12 +121,14 @@ class Found:
         self.remove()
         return 0 if code in (None, ASKED) else code
 
+    @answering()
     def remove(self) -> None:
         """One that has ended, or was never started."""
         self.keep_log()
         self.handle.remove()
 
 
+@answering()
 def find(client: Any, port: int) -> Optional[Found]:
     """The container of ours for this port, living or ended."""
     handles = client.containers.list(all=True, filters={"label": ["%s=%d" % (PORT, port), IDENTITY]}, ignore_removed=True)

@@ -1,5 +1,6 @@
 """Judge, fetch the image, start a container, wait until it answers, and say why when it does not."""
 
+import contextlib
 import os
 import re
 import time
@@ -11,6 +12,7 @@ from .. import limits
 from ..reach import healthy, tail
 from ..settings import Settings
 from . import argv, create, failures, gpus, images
+from .daemon import answering
 from .found import Found
 from .mounts import mount
 
@@ -28,6 +30,7 @@ STAGES = (  # a line of the log -> what is going on; the last one found counts
 )
 
 
+@answering()
 def start(client: Any, settings: Settings, progress: Say, warn: Say, timeout: float) -> Found:
     """-> a server that has answered. ``warn`` gets what the user should read, ``progress`` what goes on, about once a second.
     UserError or RunFailed; then nothing of it is left but its log."""
@@ -54,10 +57,11 @@ def start(client: Any, settings: Settings, progress: Say, warn: Say, timeout: fl
     try:
         _wait_until_healthy(container, place.model_id, progress, timeout)
     except BaseException:
-        if container.alive:
-            container.stop()
-        else:
-            container.remove()
+        with contextlib.suppress(RunFailed):  # why it is to be removed is what counts
+            if container.alive:
+                container.stop()
+            else:
+                container.remove()
         raise
     return container
 

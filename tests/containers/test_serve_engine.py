@@ -6,15 +6,14 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 
 import pytest
 
-from tests.containers.compose import OWNER, ROOT, needs_engine
-from tests.free_port import free_port
+from tests.containers.compose import OWNER, needs_engine
+from tests.containers.serving import COMMAND, Serve, docker, pipedock, surroundings
 
 pytestmark = needs_engine
 
@@ -24,12 +23,6 @@ ACTOR, AS_VLLM = "pipedock-test-actor:1", "pipedock-test-vllm:1"
 ACT = 'FROM pipedock-serve:cpu\nENTRYPOINT ["sh", "-c", ". $PIPEDOCK_MOUNT/act.sh"]\n'
 # Takes vLLM's way of naming the model, and serves it with ours.
 TRANSLATE = 'FROM pipedock-serve:cpu\nENTRYPOINT ["sh", "-c", "exec python -m serve.embedded --hostname 0.0.0.0 --model-id $0"]\n'
-
-
-def docker(*args, text=None):
-    done = subprocess.run(["docker", *args], input=text, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 @pytest.fixture(scope="module")
@@ -62,52 +55,6 @@ def model(tmp_path_factory):
         if os.getuid() == 0:
             os.chown(path, OWNER, OWNER)
     return folder
-
-
-def pipedock(*argv, folder, ok=True, **environment):
-    """The command, on a machine that has no GPU as far as it can see."""
-    smi = folder.parent / "bin" / "nvidia-smi"
-    smi.parent.mkdir(exist_ok=True)
-    if not smi.exists():
-        smi.write_text("#!/bin/sh\nexit 9\n")
-        smi.chmod(0o755)
-    env = {**os.environ, "PATH": "%s:%s" % (smi.parent, os.environ["PATH"]), "XDG_RUNTIME_DIR": str(folder.parent / "state"),
-           "PYTHONPATH": str(ROOT), **environment}  # fmt: skip
-    command = [sys.executable, str(ROOT / "pipedock.py"), *argv]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
-    assert not ok or done.returncode == 0, done.stderr
-    return done
-
-
-class Serve:
-    """``pipedock serve`` on one port."""
-
-    def __init__(self, folder):
-        self.folder, self.port = folder, free_port()
-        self.name = "pipedock-serve-%d" % self.port
-
-    def __call__(self, *argv, ok=True, **environment):
-        return pipedock("serve", "--port", str(self.port), *argv, folder=self.folder, ok=ok, **environment)
-
-    def start(self, *argv, **more):
-        return self("--model", str(self.folder), "--detach", *argv, **more)
-
-    def refuses(self, code, *argv, **environment):
-        """-> what is said on stderr; nothing is left of it."""
-        done = self.start(*argv, ok=False, **environment)
-        assert done.returncode == code, (done.returncode, done.stderr)
-        assert docker("ps", "--all", "--quiet", "--filter", "name=" + self.name) == ""
-        return done.stderr
-
-    def inspect(self):
-        return json.loads(docker("inspect", self.name))[0]
-
-    def post(self, route, body):
-        request = urllib.request.Request(
-            "http://127.0.0.1:%d%s" % (self.port, route), json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            return json.load(reply)
 
 
 @pytest.fixture
@@ -164,12 +111,10 @@ def test_vllm_under_its_own_routes(serve):
 
 def test_in_the_foreground_with_a_key_and_a_clean_end(serve, model, tmp_path):
     (tmp_path / "key").write_text("k1k2k3\n")
-    env = {**os.environ, "XDG_RUNTIME_DIR": str(model.parent / "state"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "pipedock.py"), "serve", "--engine", "tgi", "--model", str(model), "--json"]
+    wish = ["serve", "--engine", "tgi", "--model", str(model), "--json", "--port", str(serve.port), "--api-key-file"]
     process = subprocess.Popen(
-        command + ["--port", str(serve.port), "--api-key-file", str(tmp_path / "key")], env=env, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        COMMAND + wish + [str(tmp_path / "key")], env=surroundings(model), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         assert json.loads(process.stdout.readline())["healthy"]
         assert "k1k2k3" not in docker("top", serve.name) + json.dumps(serve.inspect()["Config"]["Labels"])
@@ -221,7 +166,7 @@ def test_an_engine_that_has_no_gpus_to_give(serve, tmp_path):
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 0, GPU-1, Tesla T4, 15360, 535.54.03\n")
     smi.chmod(0o755)
-    said = serve.refuses(2, "--engine", "tgi", PATH="%s:%s" % (tmp_path, os.environ["PATH"]))
+    said = serve.refuses(2, "--engine", "tgi", PATH="%s:%s" % (tmp_path, os.environ["PATH"]), CUDA_VISIBLE_DEVICES="0")
     assert "Docker cannot hand on this machine's GPUs; install the NVIDIA Container Toolkit" in said
 
 

@@ -4,8 +4,9 @@ import json
 import socket
 
 import pytest
+import requests
 
-pytest.importorskip("docker", reason="the Docker SDK is in the serve extra, for Python 3.10 and newer")
+docker = pytest.importorskip("docker", reason="the Docker SDK is in the serve extra, for Python 3.10 and newer")
 from pipeline_train.errors import RunFailed, UserError  # noqa: E402
 from serve import launch  # noqa: E402
 from serve.containers import found, start  # noqa: E402
@@ -168,3 +169,29 @@ def test_a_key_is_in_no_line_of_the_log():
     lines = ["a", "    api_key: Some(", '        "***",', "    ),", 'api_key: Some("***")', 'last "secret" stays']
     assert list(shown.lines()) == [line + "\n" for line in lines]
     assert shown.said().splitlines() == lines and engine.timeout == 60
+
+
+def test_one_that_somebody_else_removes(folder, engine, monkeypatch, capfd):
+    """While it is loading, and while its log is followed."""
+
+    def gone(*args, **options):
+        raise docker.errors.NotFound("No such container: c")
+
+    server, _ = run(folder, port=free_port())
+    monkeypatch.setattr(Handle, "wait", gone)
+    assert [*server.lines()] == []
+    with pytest.raises(RunFailed, match="the container is gone, somebody else has removed it: No such container: c"):
+        server.wait()
+    monkeypatch.setattr(Handle, "reload", gone)
+    assert fails(RunFailed, folder, port=free_port()).startswith("the container is gone, somebody else has removed it")
+
+
+def test_an_engine_that_ends_meanwhile(engine):
+    def broken(*args, **options):
+        raise requests.exceptions.ConnectionError("Connection aborted.")
+
+    one = found.Found(engine, labelled(engine, 1))
+    one.handle.logs = broken
+    for call in (one.said, lambda: list(one.lines())):
+        with pytest.raises(RunFailed, match="Docker's engine refuses, or answers no more: Connection aborted."):
+            call()
