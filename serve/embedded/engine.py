@@ -20,7 +20,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # 
 
 
 class Engine:
-    """``vocab``: logits per row; ``known``: token ids it can read; ``max_positions``: tokens a row may have; ``device_name``; ``dtype``; ``kv_bytes`` per token."""
+    """``vocab``: logits per row; ``known``: token ids it can read; ``max_positions``: tokens a row may have; ``device_name``;
+    ``dtype``; ``kv_bytes`` per token."""
 
     def __init__(
         self, folder: str, dtype: Optional[str] = None, revision: Optional[str] = None, trust_remote_code: bool = False
