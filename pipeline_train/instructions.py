@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from .pulse import Pulse
+from .trace import Span
 
 BUSY = ("ForwardPass", "BackwardPass")  # computing; the rest of the pipelined part is waiting for other stages
 ENDS = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")  # the first of them ends the pipelined part of a step
@@ -41,6 +42,18 @@ class Clock:
         self.marks: List[Tuple[Any, Any]] = []
         self.first: Any = None
         self.last: Any = None
+        self.origin: Any = None  # of a traced step
+        self.spans: List[Tuple[str, Any, Any]] = []  # its instructions: name, start, end
+
+    def trace(self) -> None:
+        """Note every instruction from now on, until ``traced``."""
+        self.origin, self.spans = self.now(), []
+
+    def traced(self) -> List[Tuple[str, float, float]]:
+        """(name, start, seconds) of each, seconds from ``trace``'s call. The step's work must be done."""
+        origin, spans = self.origin, self.spans
+        self.origin, self.spans = None, []
+        return [(name, self.between(origin, start), self.between(start, end)) for name, start, end in spans]
 
     def now(self) -> Any:
         """A point in time: of the host, or in the GPU's queue of work."""
@@ -52,6 +65,14 @@ class Clock:
 
     def between(self, start: Any, end: Any) -> float:
         return float(start.elapsed_time(end)) / 1000 if self.cuda else end - start
+
+    def note(self, name: str, start: Any) -> None:
+        """An instruction that has ended now."""
+        end = self.now()
+        if name in BUSY:
+            self.marks.append((start, end))
+        if self.origin is not None:
+            self.spans.append((name, start, end))
 
     def take(self) -> Tuple[float, float]:
         """(busy, span), and begin again. On a GPU the step's work must be done (reading the loss has waited for it)."""
@@ -70,21 +91,35 @@ class Watched:
         self.agreed = Agreed(0, 0)
         engine._INSTRUCTION_MAP = {cls: self._wrapped(cls.__name__, do) for cls, do in engine._INSTRUCTION_MAP.items()}
 
+    def begin_trace(self) -> None:
+        """Note the next step's instructions. All ranks call it together: clocks differ, so they begin at once."""
+        dist.barrier()
+        self.clock.trace()
+
+    def end_trace(self, stage: int, replica: int) -> List[Span]:
+        """What all ranks have done since, on every rank. The step's work must be done."""
+        mine: List[Span] = []
+        for name, start, seconds in self.clock.traced():
+            mine.append(Span(stage, replica, name, sum(span.name == name for span in mine), start, seconds))
+        everyone: List[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        return [Span(*span) for rank in everyone for span in rank]
+
     def _wrapped(self, name: str, do: Callable[..., Any]) -> Callable[..., Any]:
         def instruction(engine: Any, *args: Any, **kwargs: Any) -> Any:
             self.pulse.tick(SAID.get(name, name))
             clock = self.clock
             if name in ENDS and clock.last is None:
                 clock.last = clock.now()
+            start = clock.now() if name in BUSY or clock.origin is not None else None
+            if name in BUSY and clock.first is None:
+                clock.first = start
             if name == "OptimizerStep":
                 result = self._step(engine, lambda: do(engine, *args, **kwargs))
-            elif name not in BUSY:
-                result = do(engine, *args, **kwargs)
             else:
-                start = clock.now()
-                clock.first = start if clock.first is None else clock.first
                 result = do(engine, *args, **kwargs)
-                clock.marks.append((start, clock.now()))
+            if start is not None:
+                clock.note(name, start)
             return result
 
         return instruction

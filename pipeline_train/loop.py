@@ -1,5 +1,6 @@
 """The training loop of one rank. Every rank runs it in step with the others; rank 0 writes metrics and progress."""
 
+import contextlib
 import json
 import math
 import resource
@@ -11,7 +12,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 import torch
 import torch.distributed as dist
 
-from . import checkpoint, plan
+from . import checkpoint, plan, trace
 from .data.feed import Feed, StepRows
 from .engine import MicroBatch, Pipeline, StepResult
 from .errors import RunFailed
@@ -109,12 +110,17 @@ class Loop:
             self.pulse.tick("starting a step")
             rate = learning_rate(self.config.optim, step, self.total)
             number = step + 1
+            traced = self.config.run.trace and number == min(done + trace.STEP, self.total)
+            if traced:
+                self.pipe.watched.begin_trace()
             try:
                 result = self._step(number, rows, rate)
             except RunFailed:  # on every rank at once
                 self._saved(self.saver.finish())
                 raise
             self.pulse.step_done(number)
+            if traced:
+                self._keep_trace(number)
             if number == done + 1:
                 self._compare_memory(number)
             stop, saves = self.pipe.watched.agreed
@@ -139,6 +145,13 @@ class Loop:
                 self._evaluate(number)
             window.start += time.perf_counter() - started  # saving and evaluating are not the step's time
         return self._summary(self.total, time.perf_counter() - began)
+
+    def _keep_trace(self, number: int) -> None:
+        """Where it cannot be written, the run goes on without."""
+        spans = self.pipe.watched.end_trace(self.pipe.pipe_rank, self.pipe.data_rank)
+        if self.metrics is not None:
+            with contextlib.suppress(OSError):
+                trace.write(self.out / trace.NAME, number, spans)
 
     def _step(self, number: int, rows: StepRows, rate: float) -> StepResult:
         """One step, with nonsense named by its samples."""

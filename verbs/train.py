@@ -18,6 +18,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-changed-data", action="store_true",
                         help="let --resume go on although the data, its packing or the batch size changed")  # fmt: skip
     together.add(parser)
+    parser.add_argument("--trace", action="store_true",
+                        help="write the third step, instruction by instruction, to <out>/trace.json (run.trace)")  # fmt: skip
     parser.add_argument("--stack-check", action="store_true", help="only check the installed versions")
     parser.add_argument("--self-test", action="store_true",
                         help="only compare training on this machine with transformers, on a tiny model")  # fmt: skip
@@ -38,6 +40,8 @@ def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
         raise UserError("name a run.yaml with --config")
     from pipeline_train import config
 
+    if args.trace:
+        args.set.append("run.trace=true")
     loaded = config.load(args.config, tuple(args.set))
     if args.print_config:
         import msgspec

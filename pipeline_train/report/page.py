@@ -11,6 +11,7 @@ from ..config_schema import RunConfig
 from . import facts
 from .curves import Curves, Series, smooth, thin
 from .facts import Stage
+from .schedule import schedule_section
 from .stages import stages_section
 from .svg import Line, chart, charts_grid
 from .tables import data_section, proofs_section, saves_section, starts_section, table
@@ -35,6 +36,7 @@ def build(out: Path, curves: Curves) -> str:
     sections = [
         ("Curves", charts_grid([element for element, _ in drawn]) or "<p>No step has been logged yet.</p>"),
         ("Stages", stages_section(curves, run, plan)),
+        ("Schedule", schedule_section(out)),
         ("Saves", saves_section(curves)),
         ("Data", data_section(out)),
         ("Proofs", proofs_section(out, run)),

@@ -20,6 +20,15 @@ class Line(NamedTuple):
     values: Sequence[float]
 
 
+class Span(NamedTuple):
+    """A time in which a stage did something."""
+
+    css: str
+    start: float
+    seconds: float
+    label: str
+
+
 class Bar(NamedTuple):
     """One bar of a stage: what it is, its colour, its length, the length in words."""
 
@@ -153,6 +162,25 @@ def bars(name: str, stages: Sequence[Tuple[str, Sequence[Bar]]], most: float) ->
     about = "; ".join("%s: %s" % (label, ", ".join("%s %s" % (b.name, b.label) for b in found)) for label, found in stages)
     legend = list({bar.css: (bar.name, bar.css) for _, found in stages for bar in found}.values())
     return _figure(name, about, 12 + ROW * len(stages), parts, legend)
+
+
+def spans(name: str, stages: Sequence[Tuple[str, Sequence[Span]]], seconds: float, legend: Sequence[Tuple[str, str]]) -> str:
+    """What each stage did when, one row each, over ``seconds``."""
+    parts, left, thick = [], 70.0, 20.0
+    across = Scale(0.0, seconds or 1.0, left, WIDTH - RIGHT)
+    for row, (label, found) in enumerate(stages):
+        top = 6 + row * (thick + 6)
+        parts.append('<text class="stage" x="0" y="%.1f">%s</text>' % (top + 14, text(label)))
+        for span in found:
+            x, end = across(span.start), across(span.start + span.seconds)
+            parts.append('<rect class="bar %s" x="%.1f" y="%.1f" width="%.1f" height="%g"><title>%s</title></rect>' % (
+                span.css, x, top, max(0.5, end - x - 0.5), thick, text(span.label)))  # fmt: skip
+    bottom = 6 + len(stages) * (thick + 6)
+    for value in ticks(0.0, seconds, 6):
+        parts.append('<text class="tick" x="%.1f" y="%.1f" text-anchor="middle">%s s</text>'
+                     % (across(value), bottom + 14, figure(value)))  # fmt: skip
+    about = "; ".join("%s: %d instructions" % (label, len(found)) for label, found in stages)
+    return _figure(name, about, bottom + 22, parts, legend)
 
 
 def charts_grid(figures: Sequence[str]) -> str:

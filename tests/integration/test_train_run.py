@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 
-from pipeline_train import manifest, metrics
+from pipeline_train import manifest, metrics, trace
 from tests.runs import at_step, killed, lines_of, make, same_end, saved, train, when_saved
 
 SEED, TOTAL, EPOCH = 7, 18, 6  # steps of the run and of an epoch
@@ -24,7 +24,7 @@ def root(tmp_path_factory):
         root, parallel={"pipe": 2, "recompute": "blocks"}, batch={"global": 6}, optim={"lr": 1e-3, "warmup": 2},
         train={"epochs": 3, "save_every": 3, "eval_every": 4, "keep": 3},
     )  # fmt: skip
-    done = train(root, "--json")
+    done = train(root, "--json", "--trace")
     assert done.returncode == 0, done.stderr[-2000:]
     (root / "answer.json").write_text(done.stdout)
     (root / "stderr.txt").write_text(done.stderr)
@@ -52,6 +52,24 @@ def test_the_answer_and_the_folder_are_what_the_interface_says(root):
     assert "step %d/%d  loss" % (total, total) in (root / "stderr.txt").read_text()
     assert "peak memory per stage:" in (root / "stderr.txt").read_text()
     assert json.loads((root / "out" / "resolved" / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 1
+
+
+def test_the_third_step_is_traced_and_drawn(root):
+    """global 6, micro 1: six micro-batches through two stages."""
+    events = json.loads((root / "out" / "trace.json").read_text())
+    assert events["otherData"] == {"step": 3}
+    step, spans = trace.read(root / "out" / "trace.json")
+    assert step == 3
+    for stage in (0, 1):
+        mine = [span for span in spans if span.stage == stage]
+        names = [span.name for span in mine]
+        assert (names.count("ForwardPass"), names.count("BackwardPass"), names.count("OptimizerStep")) == (6, 6, 1)
+        assert [span.micro for span in mine if span.name == "ForwardPass"] == list(range(6))
+        assert all(a.start + a.seconds <= b.start + 1e-6 for a, b in zip(mine, mine[1:])) and mine[0].start > 0
+    first, last = ([span for span in spans if span.stage == stage and span.name == "ForwardPass"] for stage in (0, 1))
+    assert all(a.start + a.seconds < b.start + b.seconds for a, b in zip(first, last))  # through stage 0, then stage 1
+    page = (root / "out" / "report.html").read_text()
+    assert "Step 3, what each stage computed when" in page and "1F1B with these stages" in page
 
 
 def test_checkpoints_are_whole_self_contained_and_pruned(root):

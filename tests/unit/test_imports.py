@@ -12,7 +12,7 @@ PACKAGES = ("pipeline_train", "export", "serve", "bench", "verbs")
 
 # Lowest first: a module may import its own row and the rows above it in this list.
 ROWS = [
-    {"errors", "pulse", "watch", "hostfile", "place", "link", "joining", "control", "network"},
+    {"errors", "pulse", "watch", "hostfile", "place", "link", "joining", "control", "network", "trace"},
     {"families", "manifest", "manifest_values", "manifest_where", "arrival", "proof", "host", "native", "content",
      "data.records", "data.shapes", "data.files", "data.json_text", "data.template"},
     {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder", "checkpoint_folder", "checkpoint_job",
