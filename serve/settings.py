@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import List, Optional, Tuple
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,15 @@ class Settings:
         return str(Path(self.model).resolve())
 
     def identity(self) -> str:
-        """Equal for servers that answer alike: all that was asked for but where the folder's name came from and what is only
-        judged beforehand. The key is in it as part of a hash."""
-        fields = {**asdict(self), "model": self.folder, "gpu": None, "driver": None, "need_proof": None}
+        """Equal for servers that answer alike: what was asked for, but for what is only judged beforehand, and the files of the
+        model, so that a folder which was written again is another model. The key is in it as part of a hash."""
+        fields = {**asdict(self), "model": [self.folder, self._files()], "gpu": None, "driver": None, "need_proof": None}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _files(self) -> List[Tuple[str, int, int]]:
+        """Names, sizes and times of what a server reads. TGI 0.8 adds its own .safetensors beside .bin: those are not looked at."""
+        folder = Path(self.folder)
+        weights = [*folder.glob("*.bin")] or [*folder.glob("*.safetensors")]
+        others = [path for path in (*folder.glob("*.json"), *folder.glob("*.model")) if not path.name.endswith(".index.json")]
+        found = [(path.name, path.stat()) for path in weights + others if path.name != "proof.json"]
+        return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)

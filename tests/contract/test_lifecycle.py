@@ -56,6 +56,8 @@ def test_detach_ask_status_stop(pipedock, model, tmp_path):
         talk = pipedock(*ask, "--chat", stdin="hi\n\nhow\n")
         first = model.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
         assert talk.returncode == 0 and talk.stdout.startswith(model.text(first, 5, special=False)) and "5 tokens" in talk.stderr
+        same = pipedock("serve", "--model", model.path, "--port", str(port), "--detach", "--api-key-file", "key", "--json")
+        assert same.returncode == 0 and json.loads(same.stdout) == dict(document, already=True)
         again = pipedock("serve", "--model", model.path, "--port", str(port))
         assert again.returncode == 2 and "already served" in again.stderr and again.stderr.count("\n") == 1
         assert json.loads(pipedock("serve", "--status", "--port", str(port), "--json").stdout)["pid"] == document["pid"]

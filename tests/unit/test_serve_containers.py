@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("docker", reason="the Docker SDK is in the serve extra, for Python 3.10 and newer")
 from pipeline_train.errors import UserError  # noqa: E402
-from serve import launch, state  # noqa: E402
+from serve import launch  # noqa: E402
 from serve.containers import create, gpus, mounts, start  # noqa: E402
 from serve.settings import Settings  # noqa: E402
 from tests.docker_fixtures import T4, TGI, allowed, engine_fixture, fails, folder_fixture, run, surroundings  # noqa: E402, F401
@@ -204,4 +204,20 @@ def test_what_makes_two_servers_the_same(folder):
     assert one.identity() == Settings(str(folder), "tgi", gpu="t4", need_proof=False).identity()
     different = [{"shards": 2}, {"api_key": "k"}, {"version": "0.8"}, {"image": "i"}, {"max_total_tokens": 9}, {"host": "0.0.0.0"}]
     assert len({Settings(str(folder), "tgi", **more).identity() for more in [{}] + different}) == len(different) + 1
-    assert state.log_file(1).parent.is_dir()
+    (folder / "README.md").write_text("of the user")
+    (folder / "proof.json").write_text("{}")  # proved once more
+    assert one.identity() == Settings(str(folder), "tgi").identity()
+    (folder / "pytorch_model.bin").write_text("")
+    with_bin = one.identity()
+    (folder / "model.safetensors").write_text("converted")
+    assert one.identity() == with_bin
+    (folder / "config.json").write_text("{ }")  # exported again
+    assert one.identity() != with_bin
+
+
+def test_an_export_is_served_with_its_proof_only(folder, engine):
+    """By the same rule as the embedded server's, before Docker is asked for anything."""
+    (folder / "pipedock-export.json").write_text("{}")
+    assert "is an export of pipedock without a proof" in fails(UserError, folder) and engine.created == []
+    run(folder, need_proof=False)
+    assert engine.created[0]["environment"]["NO_PROOF"] == "true"
