@@ -21,9 +21,9 @@ from .rows import Rows  # noqa: E402
 from .task import Case  # noqa: E402
 
 ENGINES = {
-    "ours": "ours:Ours", "ancestor": "ancestor:Ancestor", "hf": "peers:Hf", "hf-eager": "peers:HfEager",
-    "hf-compiled": "peers:HfCompiled",
-    "fsdp2": "peers:Fsdp2", "zero3": "peers:Zero3",
+    "ours": "bench.ours:Ours", "ancestor": "bench.ancestor:Ancestor", "hf": "bench.peers:Hf", "hf-eager": "bench.peers:HfEager",
+    "hf-compiled": "bench.peers:HfCompiled",
+    "fsdp2": "bench.peers:Fsdp2", "zero3": "bench.peers:Zero3",
 }  # fmt: skip
 
 
@@ -32,11 +32,11 @@ def device_of() -> torch.device:
 
 
 def build(case: Case) -> Any:
-    """The case's engine on this rank."""
+    """The case's engine on this rank: a name of ENGINES, or module:class of another."""
     import importlib
 
-    module, name = ENGINES[case.engine].split(":")
-    return getattr(importlib.import_module("bench." + module), name)(case, device_of())
+    module, name = ENGINES.get(case.engine, case.engine).split(":")
+    return getattr(importlib.import_module(module), name)(case, device_of())
 
 
 def measure(running: Any, case: Case, warm: bool = False) -> Dict[str, Any]:
