@@ -78,8 +78,11 @@ def verdict_against(question):
 
 
 def test_no_gpu_is_said_loudly_and_none_is_asked_for(folder, engine, monkeypatch):
+    asked = []
     monkeypatch.setattr(gpus, "seen", lambda: gpus.Gpus([], False, None, None))
+    monkeypatch.setattr(start.limits, "judge", lambda question: asked.append(question) or allowed(question))
     _, warned = run(folder)
+    assert (asked[0].gpu, asked[0].gpus) == ("cpu", None)
     assert engine.created[0]["host_config"].get("DeviceRequests") is None
     assert warned[-1] == "WARNING: no GPU is seen on this machine (nvidia-smi lists none): tgi is started without one"
 
@@ -204,9 +207,10 @@ def test_what_makes_two_servers_the_same(folder):
     assert one.identity() == Settings(str(folder), "tgi", gpu="t4", need_proof=False).identity()
     different = [{"shards": 2}, {"api_key": "k"}, {"version": "0.8"}, {"image": "i"}, {"max_total_tokens": 9}, {"host": "0.0.0.0"}]
     assert len({Settings(str(folder), "tgi", **more).identity() for more in [{}] + different}) == len(different) + 1
+    before = one.identity()
     (folder / "README.md").write_text("of the user")
     (folder / "proof.json").write_text("{}")  # proved once more
-    assert one.identity() == Settings(str(folder), "tgi").identity()
+    assert one.identity() == before
     (folder / "pytorch_model.bin").write_text("")
     with_bin = one.identity()
     (folder / "model.safetensors").write_text("converted")

@@ -122,6 +122,8 @@ def test_ctrl_c_stops_it(folder, engine, monkeypatch, capfd):
     monkeypatch.setattr(found.Found, "lines", interrupted)
     code, _, err = cli(capfd, "--engine", "tgi", "--model", str(folder), "--port", str(free_port()))
     assert code == 0 and "stopping; requests under way are finished first" in err and engine.handles == []
+    engine.end_code = 143  # nothing but the SIGTERM that it was sent
+    assert cli(capfd, "--engine", "tgi", "--model", str(folder), "--port", str(free_port()))[0] == 0
     engine.end_code = 137
     code, _, err = cli(capfd, "--engine", "tgi", "--model", str(folder), "--port", str(free_port()))
     assert code == 1 and "asked to stop, the server ended with code 137; its log: " in err
