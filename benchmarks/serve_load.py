@@ -21,9 +21,11 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Coroutine, Dict, List, Tuple
@@ -32,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.serving import Server, tiny_model  # noqa: E402
-from serve.client import AsyncClient, ClientError, Overloaded  # noqa: E402
+from serve.client import AsyncClient, ClientError  # noqa: E402
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 STEPS = 'tgi_batch_inference_count{method="decode"}'
@@ -90,12 +92,13 @@ async def crowd(server: Server, clients: int, seconds: float) -> Dict[str, Any]:
 
 
 class Streams:
-    """As many endless streams as there are places; ``received`` counts their tokens."""
+    """As many endless streams as there are places, read from bare sockets: what is measured must be the server, and a client that
+    understands what it reads is slower than that. ``received``: tokens; ``ended``: answers that came to their end."""
 
     def __init__(self, server: Server, count: int) -> None:
         self.received, self.ended = 0, 0
-        self._client = AsyncClient(server.url, timeout=300, retries=0)
         self._server, self._count = server, count
+        self._writers: List[asyncio.StreamWriter] = []
         self.tasks: List[asyncio.Task[None]] = []
 
     async def start(self, tokens: int = 3900) -> None:
@@ -104,9 +107,14 @@ class Streams:
             await asyncio.sleep(0.05)
 
     async def _read(self, tokens: int) -> None:
-        async for piece in self._client.generate_stream("x", max_new_tokens=tokens):
-            self.received += 1
-            self.ended += piece.generated_text is not None
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._server.port)
+        self._writers.append(writer)
+        writer.write(request("/generate_stream", tokens))
+        while data := await reader.read(65536):
+            self.received += data.count(b'data: {"index":')
+            self.ended += data.count(b'"generated_text":"')
+            if data.endswith(b"0\r\n\r\n"):
+                return
 
     async def speed(self, seconds: float) -> Tuple[float, float]:
         """Tokens a second, and processor milliseconds of the server per token."""
@@ -118,35 +126,54 @@ class Streams:
     async def leave(self) -> None:
         for task in self.tasks:
             task.cancel()
+        for writer in self._writers:
+            writer.close()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        await self._client.close()
+
+
+def request(path: str, tokens: int) -> bytes:
+    body = b'{"inputs":"x","parameters":{"max_new_tokens":%d}}' % tokens
+    head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    return head % (path.encode(), len(body)) + body
+
+
+class Flood:
+    """A thread that asks ``rate`` times a second, on one connection, and notes how long each refusal took."""
+
+    def __init__(self, server: Server, rate: float) -> None:
+        self.waits: List[float] = []
+        self._server, self._rate, self._over = server, rate, threading.Event()
+        self._thread = threading.Thread(target=self._pour)
+
+    def __enter__(self) -> "Flood":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _pour(self) -> None:
+        with socket.create_connection(("127.0.0.1", self._server.port)) as connection:
+            while not self._over.wait(1 / self._rate):
+                started = time.perf_counter()
+                connection.sendall(request("/generate", 1))
+                answer = connection.recv(65536)
+                while b'"overloaded"}' not in answer:  # head and body may come one after the other
+                    answer += connection.recv(65536)
+                self.waits.append(time.perf_counter() - started)
+                assert answer.startswith(b"HTTP/1.1 429 "), answer
 
 
 async def overload(server: Server, clients: int, flood: float) -> Dict[str, Any]:
     """In turns without and with the flood: three of each, so that a change of the machine's load hits both."""
     streams, waits, quiet, flooded = Streams(server, clients), [], [], []
     await streams.start()
-    async with AsyncClient(server.url, retries=0) as client:
-
-        async def refused() -> None:
-            started = time.perf_counter()
-            try:
-                await client.generate("x", max_new_tokens=1)
-            except Overloaded:
-                waits.append(time.perf_counter() - started)
-
-        async def pour() -> None:
-            while True:
-                await asyncio.gather(refused(), asyncio.sleep(1 / flood))
-
-        await refused()  # opens the connection
-        waits.clear()
-        for _ in range(3):
-            quiet.append(await streams.speed(3))
-            task = asyncio.ensure_future(pour())
+    for _ in range(3):
+        quiet.append(await streams.speed(3))
+        with Flood(server, flood) as poured:
             flooded.append(await streams.speed(3))
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        waits += poured.waits
     running = server.gauge("tgi_batch_current_size")
     await streams.leave()
     waits.sort()

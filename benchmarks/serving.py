@@ -30,9 +30,19 @@ class Server:
     def __init__(self, folder: Path, *flags: str, **environment: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = "http://127.0.0.1:%d" % port
-        command = [sys.executable, "-m", "serve.embedded", "--model-id", str(folder), "--port", str(port), "--no-proof", *flags]
+            self.port = probe.getsockname()[1]
+        self.url = "http://127.0.0.1:%d" % self.port
+        command = [
+            sys.executable,
+            "-m",
+            "serve.embedded",
+            "--model-id",
+            str(folder),
+            "--port",
+            str(self.port),
+            "--no-proof",
+            *flags,
+        ]
         clean = {name: value for name, value in os.environ.items() if name not in ("HOSTNAME", "PORT", "API_KEY")}
         self.process = subprocess.Popen(command, cwd=str(ROOT), env={**clean, **environment})
 
