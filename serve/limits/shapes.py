@@ -66,9 +66,10 @@ def drivers(case: Case, verdict: Verdict) -> None:
 
 def dtypes(case: Case, verdict: Verdict) -> None:
     wish, card = case.dtype, case.card
-    if case.old and wish not in (None, "fp32" if card.cpu else "fp16"):
+    only = "fp32" if card.cpu else "fp16"  # of 0.8
+    if case.old and wish not in (None, only):
         verdict.refuse("--dtype %s: %s has no such choice, it computes in %s: leave it out, or use --version 3.3" % (
-            case.asked.dtype, case.title, case.computes if card.cpu else "fp16"))  # fmt: skip
+            case.asked.dtype, case.title, only))  # fmt: skip
     elif case.engine.name == "tgi" and wish == "fp32" and not card.cpu:
         verdict.refuse("--dtype fp32: %s computes in fp16 or bf16 on a GPU: leave it out" % case.title)
     elif wish == "bf16" and not card.bf16:

@@ -72,7 +72,8 @@ def test_without_a_gpu():
         assert verdict.capacity is None and verdict.gpu == "cpu"
         assert "padded batches" in note(accepted(LLAMA_7B, "tgi", version, 1, "none"), "without a GPU")
     assert "use --engine embedded" in refused(LLAMA_7B, "vllm", None, 1, "cpu")
-    assert accepted(BLOOM_560M, "tgi", "0.8", 1, "cpu", dtype="fp32") and refused(BLOOM_560M, "tgi", "0.8", 1, "cpu", dtype="fp16")
+    assert accepted(BLOOM_560M, "tgi", "0.8", 1, "cpu", dtype="fp32") and refused(BLOOM_560M, "tgi", "3.3", 1, "a100", dtype="fp32")
+    assert "TGI 0.8.2 has no such choice, it computes in fp32" in refused(BLOOM_560M, "tgi", "0.8", 1, "cpu", dtype="fp16")
 
 
 def test_a_card_that_is_not_named_or_not_known():

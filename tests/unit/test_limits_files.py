@@ -166,6 +166,12 @@ def test_a_prefix_in_bins_is_found_too():
             BLOOM_7B, engine, "0.8" if engine == "tgi" else None, 1, "a100", files=dataclasses.replace(bins, bins=None)
         )
         assert note(verdict, "not judged: the tensors' names")
+    for files in (
+        None,
+        Files(("tokenizer.json",)),
+        dataclasses.replace(bins, names=bins.names + ("a.safetensors",), broken=("a.safetensors",)),
+    ):
+        assert not any("the tensors' names" in text for text in ask(BLOOM_7B, files=files).notes)  # there is worse, or nothing
 
 
 def test_a_llamas_head():

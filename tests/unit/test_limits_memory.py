@@ -69,6 +69,12 @@ def test_the_cache_of_a_token():
     assert memory.cache(load(LLAMA_70B, "vllm", None, shards=16)) * GIB == 2 * 80 * 1 * 128 * 2  # KV heads are replicated
     assert memory.cache(load(QWEN2_7B)) * GIB == 2 * 28 * 4 * 128 * 2
     assert memory.cache(load({"model_type": "mamba"})) is None
+    for missing in ("num_attention_heads", "hidden_size", "num_hidden_layers"):
+        assert (
+            memory.cache(load({key: value for key, value in QWEN2_7B.items() if key not in (missing, "num_key_value_heads")}))
+            is None
+        )
+    assert memory.cache(load(dict(QWEN2_7B, hidden_size=20))) is None  # fewer than heads
 
 
 @settings(max_examples=40, deadline=None)
@@ -102,6 +108,23 @@ def test_more_of_a_card_and_more_cards_hold_more():
     assert context("t4", 1) == 0 < context("a10", 1) < context("a100-40g", 1) < context("a100", 1)
     assert context("t4", 2) < context("t4", 4) < context("t4", 8)
     assert context("t4", 2, version="0.8") != context("t4", 2)
+
+
+def test_08s_llama_copies_its_cache_when_a_request_joins_so_that_half_can_be_used():
+    for config, padded, copies in ((LLAMA_7B, False, 2), (LLAMA_7B, True, 1), (BLOOM_7B, True, 1)):
+        one = load(config, version="0.8", padded=padded)
+        found = memory.capacity(one, gpus.card_named("a100"))
+        left = found["free_gib"] - memory.prompt(one, 1000)
+        assert found["max_batch_tokens"] == int(left / found["kv_gib_per_token"] / copies)
+
+
+def test_the_memory_of_a_prompt():
+    assert memory.prompt(load(LLAMA_7B), 1000) * GIB == 1000 * 2 * (6 * 4096 + 3 * (11008 + 4096))
+    assert memory.prompt(load(LLAMA_7B, shards=2), 1000) * GIB == 1000 * 2 * (6 * 4096 + 3 * (11008 + 4096) // 2)
+    scores = (2 + 4) * 32 * 1000 * 1000
+    bloom_each = 2 * (6 * 4096 + 3 * (4 * 4096 + 4096))
+    assert memory.prompt(load(BLOOM_7B, padded=True), 1000) * GIB == 1000 * (bloom_each + 2 * 250880) + scores
+    assert memory.prompt(load(BLOOM_7B, version="0.8", padded=True), 1000) * GIB == 1000 * (bloom_each + 2 * 2 * 250880) + scores
 
 
 def test_padded_prompts_take_the_square_of_their_length_and_all_their_logits():
