@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
+from . import host
 from .control import NodeGone
 from .errors import RunFailed, Stopped
 from .link import SILENT_S
@@ -214,6 +215,10 @@ def environment(world: int, gpus: int, here: Optional[int] = None) -> Dict[str, 
     env.update(WORLD_SIZE=str(world), LOCAL_SIZE=str(here), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     env.update({PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"})
     env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // here)))
+    # Compiled kernels are found again by the next run; torch's own place is the temporary folder.
+    cache = host.cache_folder()
+    if cache is not None:
+        env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "compiled"))
     if not gpus:
         env["DS_ACCELERATOR"] = "cpu"
         # glibc gives every large tensor back to the kernel and faults it in again: a quarter of a step's time. Keeping them

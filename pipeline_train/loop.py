@@ -74,7 +74,8 @@ class Window:
 class Loop:
     """``run`` trains from step ``done`` to ``total``; ``metrics`` and ``report`` are None on every rank but 0.
 
-    ``facts`` describes the data and goes into every checkpoint, so that a resume can tell whether it is still the same.
+    ``facts`` describes the data and goes into every checkpoint, so that a resume can tell whether it is still the same. ``phases``:
+    worker.Phases of the start-up so far.
     """
 
     def __init__(
@@ -87,10 +88,11 @@ class Loop:
         facts: Dict[str, Any],
         metrics: Optional[Metrics],
         report: Optional[Report],
+        phases: Any,
     ) -> None:
         self.pipe, self.config, self.out = pipe, pipe.config, out
         self.feed, self.eval_feed, self.total = feed, eval_feed, total
-        self.metrics, self.report = metrics, report
+        self.metrics, self.report, self.phases = metrics, report, phases
         self.memory: List[float] = []
         self.losses: List[float] = []
         self.tokens = 0
@@ -122,6 +124,8 @@ class Loop:
             if traced:
                 self._keep_trace(number)
             if number == done + 1:
+                self.phases.end("first_step")
+                self._write("startup", step=number, seconds=self.phases.seconds)
                 self._compare_memory(number)
             stop, saves = self.pipe.watched.agreed
             stop = stop and number < self.total

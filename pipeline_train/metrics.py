@@ -8,6 +8,7 @@ kind "step"   step (1 = the first), loss (mean over the steps since the last lin
               pipelined part of a step, which ends where gradients are reduced),
               with fp16: loss_scale, skipped (steps since the last line)
 kind "eval"   step, loss, tokens
+kind "startup" step, seconds of rank 0 by phase, in order: libraries, joining, stage (built), data, weights (read), first_step
 kind "memory" step, mem_gib (per stage, what the first step after a start has needed at most), planned_gib; on GPUs
 kind "save"   step, path, seconds, stall_s (the training stood still), asynchronous
 

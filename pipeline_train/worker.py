@@ -44,6 +44,18 @@ def listen(pulse: Pulse, stacks: Path) -> None:
     faulthandler.register(signal.SIGUSR2, file=open(str(stacks), "w"), all_threads=True)
 
 
+class Phases:
+    """What the time before the first step goes into: ``end`` names what has passed since the last call, in ``seconds``."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.seconds: Dict[str, float] = {}
+        self.clock, self.last = clock, clock()
+
+    def end(self, name: str) -> None:
+        now = self.clock()
+        self.seconds[name], self.last = round(now - self.last, 3), now
+
+
 def answer_for(folder: Path, work: Callable[[Pulse], Dict[str, Any]]) -> None:
     """All of this process: ``work`` -> the summary that rank 0 gives the launcher. Stacks and errors go into ``folder``."""
     rank, pulse = int(os.environ["RANK"]), Pulse.inherited()
@@ -95,6 +107,7 @@ def report(message: Dict[str, Any]) -> None:
 
 def train(out: Path, total: int, resume: Any, pulse: Pulse, finish: Optional[str] = None) -> Dict[str, Any]:
     """Build this rank's stage, fill it, run the loop; -> the summary, with what ``finish`` returns under "finish"."""
+    phases = Phases()
     import torch
 
     from . import checkpoint, config, engine, families
@@ -107,13 +120,16 @@ def train(out: Path, total: int, resume: Any, pulse: Pulse, finish: Optional[str
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     cuda = os.environ.get("DS_ACCELERATOR") != "cpu"
     torch.manual_seed(run.run.seed)
+    phases.end("libraries")
     pulse.tick("joining the other ranks")
     engine.connect(cuda, local)
+    phases.end("joining")
     pulse.tick("building its stage")
     dims = families.dims_of(families.read_config(str(out / "resolved" / "model")))
     seq_len = run.data.seq_len
     assert seq_len is not None, "the launcher resolves it"
     pipe = engine.Pipeline(run, dims, bounds(dims, run.parallel.pipe, run.parallel.parts, seq_len), cuda, pulse)
+    phases.end("stage")
     logging.getLogger("pipedock").info("rank %d: stage %d, replica %d, layers %s", rank, pipe.pipe_rank, pipe.data_rank,
                                        list(pipe.stage.layers))  # fmt: skip
     if rank == 0:
@@ -123,13 +139,15 @@ def train(out: Path, total: int, resume: Any, pulse: Pulse, finish: Optional[str
     options["pad_id"] = facts.pop("pad_id")
     feed = Feed.open(out / "data", "train", **options)
     eval_feed = Feed.open(out / "data", "eval", **options) if run.data.eval is not None else None
+    phases.end("data")
     done = 0
     if resume is None:
         checkpoint.start(pipe)
     else:
         done = checkpoint.load(pipe, resume)
+    phases.end("weights")
     metrics = open_metrics(run, out, done, report) if rank == 0 else None
-    loop = Loop(pipe, out, feed, eval_feed, total, facts, metrics, report if rank == 0 else None)
+    loop = Loop(pipe, out, feed, eval_feed, total, facts, metrics, report if rank == 0 else None, phases)
     try:
         summary = loop.run(done)
     finally:

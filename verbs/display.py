@@ -9,7 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .progress import Figures, clock, memory_of, percent
+from .progress import Figures, clock, percent, told
 
 
 class Live:
@@ -24,7 +24,7 @@ class Live:
         self.live.start()
 
     def show(self, message: Dict[str, Any]) -> None:
-        said = message.get("say") or memory_of(message.get("line"))
+        said = message.get("say") or told(message.get("line"))
         if said:
             self.console.print(said, markup=False, highlight=False)
 

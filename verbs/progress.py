@@ -122,8 +122,8 @@ class Lines:
             say("step %d: eval loss %.4f" % (message["line"]["step"], message["line"]["loss"]))
         if kind == "save":
             say("saved " + saved(message["line"]))
-        if memory_of(message.get("line")):
-            say(memory_of(message["line"]))
+        if told(message.get("line")):
+            say(told(message["line"]))
         now = time.monotonic()
         if "step" in message and (now - self.last >= self.EVERY_S or message["step"] == message["total"]):
             self.last = now
@@ -152,11 +152,14 @@ def saved(line: Dict[str, Any]) -> str:
     return text
 
 
-def memory_of(line: Optional[Dict[str, Any]]) -> str:
-    """A line of kind "memory" in words, "" for others."""
-    if (line or {}).get("kind") != "memory":
+def told(line: Optional[Dict[str, Any]]) -> str:
+    """A line of kind "startup" or "memory" in words, "" for others."""
+    line = line or {}
+    if line.get("kind") == "startup":
+        parts = ["%s %.1f s" % (name.replace("_", " "), seconds) for name, seconds in line["seconds"].items()]
+        return "start-up took %.1f s: %s" % (sum(line["seconds"].values()), ", ".join(parts))
+    if line.get("kind") != "memory":
         return ""
-    assert line is not None
     pairs = ["stage %d: %.2f of %.2f" % (stage, *pair) for stage, pair in enumerate(zip(line["mem_gib"], line["planned_gib"]))]
     return "memory after step %d, GiB measured of planned: %s" % (line["step"], ", ".join(pairs))
 

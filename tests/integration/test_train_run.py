@@ -44,6 +44,10 @@ def test_the_answer_and_the_folder_are_what_the_interface_says(root):
     assert {line["epoch"] for line in lines if line["kind"] == "step"} == {0, 1, 2}
     assert [line["epoch"] for line in lines if line["kind"] == "step"][EPOCH - 1 : EPOCH + 1] == [0, 1]
     assert sum(line["tokens"] for line in lines if line["kind"] == "step") == answer["tokens"]
+    startup = [line for line in lines if line["kind"] == "startup"]
+    assert [line["step"] for line in startup] == [1] and min(startup[0]["seconds"].values()) >= 0
+    assert list(startup[0]["seconds"]) == ["libraries", "joining", "stage", "data", "weights", "first_step"]
+    assert "start-up took " in (root / "stderr.txt").read_text()
     saves = [line for line in lines if line["kind"] == "save"]
     assert [line["step"] for line in saves] == list(range(3, total + 1, 3))
     assert all(line["path"] == "checkpoints/step_%06d" % line["step"] and line["asynchronous"] for line in saves)

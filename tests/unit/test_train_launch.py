@@ -79,6 +79,14 @@ def test_ranks_get_their_place_and_threads_that_fit(tmp_path, monkeypatch):
     assert "DS_ACCELERATOR" not in launch.environment(2, 8) or "DS_ACCELERATOR" in os.environ
 
 
+def test_compiled_kernels_are_kept_for_the_next_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert launch.environment(1, 1)["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "pipedock" / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    assert launch.environment(1, 1)["TORCHINDUCTOR_CACHE_DIR"] == "mine"
+
+
 def test_one_rank_fails_and_all_end_with_its_line(tmp_path):
     message, seconds = run(tmp_path, "others()\nif rank == 1: error('step 7: the loss is nan.')\ntime.sleep(60)")
     assert message == "rank 1: step 7: the loss is nan. Log: %s" % (tmp_path / "rank_1.log")

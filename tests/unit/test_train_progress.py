@@ -16,6 +16,7 @@ LINE = {
     "stage_s": [0.4, 0.3], "mem_gib": [10.0, 20.0], "loss_scale": 1024.0, "skipped": 1,
 }  # fmt: skip
 SAVE = {"kind": "save", "step": 10, "seconds": 3.2, "stall_s": 0.4, "asynchronous": True}
+STARTUP = {"kind": "startup", "step": 1, "seconds": {"libraries": 4.0, "weights": 1.5, "first_step": 0.25}}
 MEMORY = {"kind": "memory", "step": 1, "mem_gib": [10.25, 9.5], "planned_gib": [11.0, 9.0]}
 MESSAGES = [
     {"step": 12, "total": 400, "loss": 2.6, "tokens": 4000, "learnt_tokens": 3000, "eta_s": 7500.0, "epoch": 0},
@@ -78,6 +79,7 @@ def test_where_there_is_no_terminal_lines_come_now_and_then(clock, capsys):
         clock[0] += 2
     shown.show({"line": {"kind": "eval", "step": 6, "loss": 2.25}})
     shown.show({"line": SAVE})
+    shown.show({"line": STARTUP})
     shown.show({"line": MEMORY})
     shown.show({"say": "something [bold]to know"})
     shown.close()
@@ -86,6 +88,7 @@ def test_where_there_is_no_terminal_lines_come_now_and_then(clock, capsys):
         "step 4/6  loss -1.0000  50 (25 learnt) tokens/s  mfu 41.2 %  eta 0:00:02",
         "step 6/6  loss -3.0000  50 (25 learnt) tokens/s  mfu 41.2 %  eta 0:00:00",
         "step 6: eval loss 2.2500", "saved step 10 in 3.2 s, training stood still for 0.4 s",
+        "start-up took 5.8 s: libraries 4.0 s, weights 1.5 s, first step 0.2 s",
         "memory after step 1, GiB measured of planned: stage 0: 10.25 of 11.00, stage 1: 9.50 of 9.00", "something [bold]to know",
     ]  # fmt: skip
 
