@@ -59,9 +59,7 @@ class Case(NamedTuple):
 
     @property
     def computes(self) -> str:
-        """The dtype on the server: TGI takes fp16 unless told otherwise, and fp32 without a GPU; vLLM the model's own half."""
-        if self.engine.name == "tgi" and self.card.cpu:
-            return self.dtype or "fp32"
+        """The dtype on a GPU: TGI takes fp16 unless told otherwise, vLLM the model's own half."""
         return self.dtype or ("bf16" if self.engine.name == "vllm" and self.sizes.dtype == "bf16" and self.card.bf16 else "fp16")
 
     def load(self, shards: int) -> memory.Load:

@@ -200,6 +200,12 @@ def test_keys_that_our_own_blocks_refuse_do_not_stop_a_server_that_may_know_them
     assert "'dynamic'" in note(verdict, "not judged: what the server makes of a key")
 
 
+def test_a_quantized_model_is_as_large_as_its_files_and_no_more_is_known():
+    verdict = accepted(llama(quantization_config={"quant_method": "gptq"}), "tgi", "3.3", 1, "t4", nbytes=2**32)
+    assert verdict.capacity["weights_gib_per_gpu"] == 4.0 and note(verdict, "not judged: the quantization")
+    assert not any("quantization" in text for text in accepted(LLAMA_7B, "tgi", "3.3", 1, "t4").notes)
+
+
 def test_a_config_without_a_model_type_or_with_impossible_sizes():
     assert "model_type: missing" in refused({"num_attention_heads": 4})
     for wrong in (0, -3, 2.5, "32", True, 10**400, float("inf")):

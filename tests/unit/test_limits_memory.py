@@ -142,6 +142,9 @@ def test_weights_that_do_not_fit_name_the_shards_that_hold_them():
         "24.2 GiB of weights (fp16) on each of 1 GPU: a t4 has room for 13.5 GiB: use --num-shard 2"
     )
     assert "on each of 8 GPUs: an a100-40g has room for 36.4 GiB" in refused(BLOOM_176B, "tgi", "3.3", 8, "a100-40g", gpus=8)
+    assert "GiB of weights (bf16) on each" in refused(LLAMA_70B, "vllm", None, 1, "a100", dtype="bf16")
+    assert "GiB of weights (bf16) on each" in refused(dict(LLAMA_70B, torch_dtype="bfloat16"), "vllm", None, 1, "a100")
+    assert "GiB of weights (fp16) on each" in refused(dict(LLAMA_70B, torch_dtype="bfloat16"), "tgi", "3.3", 1, "a100")
     assert refused(BLOOM_176B, "tgi", "3.3", 8, "a100-40g", gpus=8).endswith(": use a card with more memory")
     assert refused(LLAMA_30B, "tgi", "0.8", 1, "v100").endswith(": use a card with more memory")  # shards need flash attention
     verdict = ask(LLAMA_13B, "tgi", "3.3", 1, "t4")
