@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole road on this machine's CPU, twice: data -> two-stage pipeline training -> export -> proof -> server -> curl.
+# The whole road on this machine's CPU, twice: data -> two-stage pipeline training -> export -> proof -> server -> its proof -> curl.
 #   1. SmolLM2-135M-Instruct, fine-tuned until it knows a few dialogues by heart
 #   2. a small bloom, trained on dialogues from nothing
 # Fails unless the trained answers come back. Needs Python >= 3.10 with venv, and curl; installs the rest. Leaves no process behind;
@@ -106,6 +106,7 @@ export_and_prove() { # RUN EXPORT
 trained() { # EXPORT RECORDS DIR
   python "$DEMO/answers.py" requests "$1" "$2" "$3"
   serve "$1"
+  pipedock prove --url "http://127.0.0.1:$PORT" --model "$1" --train-config "$DEMO/$(basename "$1").yaml" --records 2 --new-tokens 8
   ask_all "$3"
   stop
   python "$DEMO/answers.py" learnt "$3"

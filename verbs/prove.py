@@ -76,7 +76,8 @@ def _figures(check: Dict[str, Any]) -> str:
     form = FIGURES[check["name"]]
     if check["compared"] == 0 and check.get("why"):
         form = "%(why)s"
-    return form % {name: " or ".join(value) if isinstance(value, list) else value for name, value in check.items()}
+    words = {"by": " and ", "stop_tokens": " or "}
+    return form % {name: words[name].join(value) if name in words else value for name, value in check.items()}
 
 
 def _say(line: str) -> None:

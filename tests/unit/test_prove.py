@@ -249,7 +249,7 @@ def test_the_verb_prints_each_check_and_writes_only_where_it_is_told(own, tmp_pa
     assert shown.startswith("%s (vLLM 0.11.0) serves %s as trained\n" % (fake.url, own.model))
     for name in ("trained ids", "token ids", "chat token ids", "prompt log-probabilities", "greedy answers", "end of sequence"):
         assert sum(line.strip().startswith(name) for line in shown.splitlines()) == 1
-    assert "280 tokens of 5 prompts, <s> once; by POST /tokenize or prompt_logprobs" in shown
+    assert "280 tokens of 5 prompts, <s> once; by POST /tokenize and prompt_logprobs" in shown
     assert "9 of 9 answers ended, by <|im_end|> or <|endoftext|>" in shown
     assert document["holds"] is True and document["format"] == "pipedock-prove/1"
     assert by_name(json.loads(kept.read_text())) == by_name(document)
