@@ -25,14 +25,26 @@ def argv(
     settings: Settings, version: str, model_id: str, name: str, config: Mapping[str, Any], needed: Sequence[str] = ()
 ) -> List[str]:
     """The container's arguments. ``version``: the whole one; ``model_id``: the folder as it is seen inside; ``name``: what clients
-    may call the model (vLLM); ``config``: config.json; ``needed``: flags that this model or card needs. UserError for a wish that
-    the version cannot grant."""
+    may call the model (vLLM); ``config``: config.json; ``needed``: flags that this model or card needs, unless wished otherwise.
+    UserError for a wish that the version cannot grant."""
     check_tokens(settings)
     if settings.engine == "vllm":
         flags = _vllm(settings, model_id, name)
     else:
         flags = _tgi(settings, version_of(version), model_id, config)
-    return flags + list(needed) + list(settings.flags)
+    own, needs, last = _groups(flags), _groups(needed), _groups(settings.flags)
+    kept = [own[name] for name in own if name not in last] + [needs[name] for name in needs if name not in {**own, **last}]
+    return [part for group in kept + list(last.values()) for part in group]
+
+
+def _groups(flags: Sequence[str]) -> Dict[str, List[str]]:
+    """["--a", "1", "--b"] -> each flag with its values: no launcher takes a flag twice. A model named without a flag is ""."""
+    found: Dict[str, List[str]] = {}
+    name = ""
+    for part in flags:
+        name = part.partition("=")[0] if part.startswith("--") else name
+        found.setdefault(name, []).append(part)
+    return found
 
 
 def check_tokens(settings: Settings) -> None:

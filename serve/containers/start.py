@@ -88,7 +88,7 @@ def judged(settings: Settings, have: gpus.Gpus, warn: Say) -> Tuple[limits.Verdi
     if verdict.reasons:
         raise UserError("\n".join(verdict.reasons))
     for note in verdict.notes:
-        warn(note)
+        warn("note: " + note)
     return verdict, config
 
 

@@ -60,7 +60,7 @@ def test_what_the_verdict_says_reaches_the_container(folder, engine, monkeypatch
     monkeypatch.setattr(start.limits, "judge", judge)
     _, warned = run(folder, shards=2, dtype="bfloat16", max_total_tokens=99)
     assert "--disable-custom-kernels" in engine.created[0]["command"] and engine.created[0]["environment"]["ATTENTION"] == "paged"
-    assert warned == ["know this"]
+    assert warned == ["note: know this"]
     [question] = asked
     assert (question.shards, question.gpu, question.gpus, question.driver) == (2, "t4", 4, "535.54.03")
     assert (question.dtype, question.max_total, question.where) == ("bf16", 99, str(folder))

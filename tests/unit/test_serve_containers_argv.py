@@ -7,7 +7,9 @@ import pytest
 
 from pipeline_train.errors import UserError
 from serve.containers import argv
+from serve.limits import Question, judge
 from serve.settings import Settings
+from tests.models import tiny_config
 
 LLAMA, BLOOM = {"model_type": "llama"}, {"model_type": "bloom"}
 SWITCHES = {
@@ -124,8 +126,16 @@ def test_the_limits_must_fit_together():
         made("3.3.7", max_input_tokens=8, max_total_tokens=8)
 
 
-def test_more_flags_come_last():
+def test_no_flag_is_given_twice():
+    """Wishes before needs; more flags of the caller's come last, before both."""
     assert made("3.3.7", needed=["--a"], flags=("--b", "1"))[-3:] == ["--a", "--b", "1"]
+    needed = ["--max-total-tokens", "9", "--max-batch-total-tokens", "8"]
+    assert made("3.3.7", max_total_tokens=7, needed=needed).count("--max-total-tokens") == 1
+    found = pairs(made("3.3.7", max_total_tokens=7, needed=needed))
+    assert (found["--max-total-tokens"], found["--max-batch-total-tokens"]) == ("7", "8")
+    found = made("3.3.7", max_total_tokens=7, needed=needed, flags=("--max-total-tokens=6", "--cors", "a", "--cors", "b"))
+    assert "7" not in found and "9" not in found and found[-5:] == ["--max-total-tokens=6", "--cors", "a", "--cors", "b"]
+    assert vllm(flags=("--max-model-len", "5"), max_total_tokens=9)[0] == "/data/m"
 
 
 def vllm(**wishes):
@@ -179,3 +189,32 @@ def test_vllm_reports_nothing():
 
 def test_our_own_image_is_told_what_no_proof_means():
     assert variables("3.3.7", need_proof=False)["NO_PROOF"] == "true" and "NO_PROOF" not in variables("3.3.7")
+
+
+BIG = {
+    "llama": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+              "num_key_value_heads": 32, "max_position_embeddings": 2048, "vocab_size": 32000},
+    "bloom": {"hidden_size": 4096, "n_layer": 30, "n_head": 32, "vocab_size": 250880},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("engine, version", [("tgi", "0.8.2"), ("tgi", "3.3.7"), ("vllm", "0.18.0")])
+def test_with_what_the_judge_adds_it_is_still_what_the_launcher_knows(engine, version):
+    """On every card, whatever was wished for: no unknown flag, none twice."""
+    vllms = {"--" + name for name in "served-model-name host port tensor-parallel-size generation-config dtype max-model-len "
+             "gpu-memory-utilization".split()}  # fmt: skip
+    accepted = added = 0
+    limits = ((None, None), (None, 900), (None, 1800), (1000, None), (500, 1900))
+    for family, gpu, shards, (longest, total) in itertools.product(BIG, ("v100", "t4", "l4", "a100"), (1, 2, 8), limits):
+        if engine == "vllm" and longest is not None:
+            continue
+        config = tiny_config(family, architectures=["X"], torch_dtype="float16", **BIG[family])
+        verdict = judge(Question(config, engine, version, shards, gpu, driver="580.65.06", max_input=longest, max_total=total))
+        if verdict.reasons:
+            continue
+        settings = Settings("m", engine, shards=shards, max_input_tokens=longest, max_total_tokens=total)
+        flags = argv.argv(settings, version, "/data/m", "m", config, verdict.flags)
+        found = pairs(flags[engine == "vllm" :])
+        assert set(found) <= (vllms if engine == "vllm" else KNOWN[version]), found
+        accepted, added = accepted + 1, added + bool(verdict.flags)
+    assert accepted > 20 and added > 2, (accepted, added)
