@@ -18,7 +18,7 @@ CONTAINERS = (  # flag, metavar, help: for --engine tgi and vllm
     ("image", "NAME", "take this image for that version's: a mirror's, or one of your own"),
 )
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # as the other verbs call them
-TIMEOUT_S = 1800.0  # from the start of the server until it answers
+TIMEOUT_S = 3600.0  # from the start of the server until it answers: a 65B from a slow disk, converted first
 TOKENS = ("max-concurrent-requests", "max-input-tokens", "max-total-tokens")
 
 

@@ -5,6 +5,8 @@ import os
 from typing import Any, Iterator
 from urllib.parse import urlsplit
 
+import requests
+
 from pipeline_train.errors import RunFailed, UserError
 
 TIMEOUT_S = 60  # for one answer of the engine
@@ -35,7 +37,7 @@ def connect(engine: str = "tgi") -> Any:
         _refuse_others(str(client.api.base_url))  # of a context
         client.ping()
         return client
-    except docker.errors.DockerException as error:
+    except (docker.errors.DockerException, requests.RequestException) as error:
         raise _not_reachable(str(error), host) from None
 
 
@@ -53,7 +55,7 @@ def _not_reachable(error: str, host: str) -> NoEngine:
     if "Permission denied" in error:
         return NoEngine("Docker at %s: permission denied; join its group: sudo usermod -aG docker $USER" % where, False)
     absent = not host and not os.path.exists("/var/run/docker.sock")
-    reason = next((text for text in ("No such file or directory", "Connection refused") if text in error), error.splitlines()[0])
+    reason = next((text for text in ("No such file or directory", "Connection refused") if text in error), error[:200])
     return NoEngine(
         "no Docker engine answers at %s (%s): start it (sudo systemctl start docker), or set DOCKER_HOST; --engine embedded needs "
         "none" % (where, reason),
@@ -65,7 +67,6 @@ def _not_reachable(error: str, host: str) -> NoEngine:
 def answering() -> Iterator[None]:
     """RunFailed for what Docker refuses, or does not answer any more, in the middle of the work."""
     import docker
-    import requests
 
     try:
         yield
