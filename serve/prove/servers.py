@@ -1,8 +1,8 @@
 """The servers that can be proved, each asked in its own way: text-generation-inference 0.8 to 3.3 (the embedded one too), vLLM.
 
-vLLM's routes as its main branch has them: vllm/entrypoints/serve/tokenize/protocol.py (prompt | messages, add_special_tokens;
-answers count, max_model_len, tokens) and vllm/entrypoints/openai/completion/{protocol,serving}.py (prompt_logprobs,
-return_token_ids, return_tokens_as_token_ids).
+vLLM's routes as its repository has them at 030ea52: vllm/entrypoints/serve/tokenize/protocol.py (prompt | messages, special tokens
+added to a prompt and not to a chat; answers count, max_model_len, tokens), vllm/entrypoints/openai/completion/{protocol,serving}.py
+(prompt_logprobs, return_token_ids, return_tokens_as_token_ids), GET /version and max_model_len in GET /v1/models.
 """
 
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -113,7 +113,7 @@ class Vllm(Client):
 
     def _given(self, text: str, choice: Dict[str, Any]) -> List[Told]:
         rows = choice.get("prompt_logprobs") or []
-        ids = choice.get("prompt_token_ids") or (self.text_ids(text) if rows else None) or []  # versions before 0.10.2 tell no ids
+        ids = choice.get("prompt_token_ids") or (self.text_ids(text) if rows else None) or []  # older versions tell no ids
         if len(ids) != len(rows):
             return []
         return [(one, (row or {}).get(str(one), {}).get("logprob")) for one, row in zip(ids, rows)]
