@@ -97,6 +97,17 @@ def check_free(output: str, overwrite: bool = False, apart_from: Iterable[str] =
         raise UserError("%s: is not an export of pipedock (no %s), so --overwrite leaves it alone" % (output, EXPORT))
 
 
+def check_room(output: str, needed: int) -> None:
+    """Raise UserError unless that many bytes are free where ``output`` will be."""
+    folder = Path(os.path.abspath(output))
+    while not folder.is_dir():
+        folder = folder.parent
+    free = shutil.disk_usage(str(folder)).free
+    if free < needed:
+        raise UserError("%s: the export needs %s, only %s are free there; make room, or name a folder of another disk"
+                        % (output, _size(needed), _size(free)))  # fmt: skip
+
+
 def _check_apart(output: str, real: str, other: str) -> None:
     theirs = os.path.realpath(other)
     if real == theirs:

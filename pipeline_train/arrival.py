@@ -93,7 +93,7 @@ class Arrival:
 
 def refused(path: Path, sender: str) -> RunFailed:
     return RunFailed("%s: what came from %s is not what was saved (its size or sha256 is not that of manifest.json); is its disk "
-                     "or the network damaged?" % (path, sender))  # fmt: skip
+                     "or the network damaged? If it stays so, name an older checkpoint" % (path, sender))  # fmt: skip
 
 
 def unwritable(path: Path, error: OSError) -> RunFailed:

@@ -56,15 +56,16 @@ class Channel:
     @classmethod
     def open(
         cls, node: int, nodes: int, addr: str, port: int, name: str, wait_s: float, say: Say,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = lambda: None, command: str = "pipedock train",
     ) -> "Channel":  # fmt: skip
         """Join all ``nodes``: node 0 listens at ``addr``:``port``, the others connect to it. Patient: whoever comes first waits up
         to ``wait_s`` seconds, ``say`` tells for whom, and ``check`` may raise what makes waiting useless.
+        ``command``: what of the command line must be the same on all nodes.
 
         Raises RunFailed naming who is missing, UserError for launchers that do not belong together."""
         channel = cls(node, nodes, name, say)
         if nodes > 1:
-            meeting = joining.Meeting(node, nodes, addr, port, name, wait_s, say, channel.changed, check)
+            meeting = joining.Meeting(node, nodes, addr, port, name, wait_s, say, channel.changed, check, command)
             channel.links, channel.names = joining.join(meeting)
         for link in channel.links.values():
             link.on_over = channel._over

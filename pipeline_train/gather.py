@@ -9,11 +9,11 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Tuple
 
 from . import arrival, checkpoint_folder, host, manifest, run_folder
 from .arrival import ASIDE, Arrival
-from .control import Channel
+from .control import Channel, Refusal
 from .errors import RunFailed, UserError
 from .manifest_values import STEP
 
@@ -53,7 +53,10 @@ def bring(channel: Channel, path: Path, say: Say, everywhere: bool = False, opti
     documents = channel.exchange({"saved": here.saved(), "one": here.one})
     if any(document["one"] for document in documents):  # a checkpoint by another name, lost here
         here.parent = Path(path).parent
-    source = choose([document["saved"] for document in documents], targets, optimizer, channel.named, Path(path))
+    source, passed = choose([document["saved"] for document in documents], targets, optimizer, channel.named, here.parent)
+    if passed:
+        say("passed over: %s" % passed)
+        say("the newest that can be whole is %s: name that one to to-hf, verify and a resume" % (here.parent / source.name))
     here.open(source, channel.node in targets)
     for node in range(1, channel.nodes):
         here.move(source, node, 0, [name for name in source.wanted(0) if source.holders(name)[0] == node])
@@ -66,12 +69,14 @@ def bring(channel: Channel, path: Path, say: Say, everywhere: bool = False, opti
     return dict(document, seconds=round(time.monotonic() - began, 3))
 
 
-def choose(saved: List[Dict[str, Any]], targets: Iterable[int], optimizer: bool, named: Callable[[int], str], path: Path) -> Source:
-    """The save to complete. ``saved``: by node, folder name -> {"sha256", "lists", "lacks"}; the same everywhere, so every node
-    comes to the same answer. Raises UserError when there is none."""
+def choose(
+    saved: List[Dict[str, Any]], targets: Iterable[int], optimizer: bool, named: Callable[[int], str], parent: Path
+) -> Tuple[Source, str]:
+    """The save to complete, and why not a newer one. ``saved``: by node, folder name -> {"sha256", "lists", "lacks"}; the same
+    everywhere, so every node comes to the same answer. ``parent``: of those folders. Raises Refusal when there is none."""
     problem = ""
     for name in sorted({name for folders in saved for name in folders}, key=_order, reverse=True):
-        where = path if path.name == name else path / name
+        where = parent / name
         for sha256 in dict.fromkeys(folders[name]["sha256"] for folders in saved if name in folders):
             having = {node: folders[name] for node, folders in enumerate(saved) if folders.get(name, {}).get("sha256") == sha256}
             source = Source(name, sha256, having[min(having)]["lists"], {n: having[n]["lacks"] for n in having}, optimizer)
@@ -79,14 +84,13 @@ def choose(saved: List[Dict[str, Any]], targets: Iterable[int], optimizer: bool,
             others = [node for node in targets if name in saved[node] and node not in having]
             if nowhere:
                 more = " and %d more" % (len(nowhere) - 1) if len(nowhere) > 1 else ""
-                problem = problem or "%s: %s%s on none of the %d nodes; name an older checkpoint" % (
-                    where, nowhere[0], more, len(saved))  # fmt: skip
+                problem = problem or "%s: %s%s on none of the %d nodes" % (where, nowhere[0], more, len(saved))
             elif others:
                 problem = problem or "%s: on %s it comes from another save than on %s; move it away there" % (
                     where, named(others[0]), named(min(having)))  # fmt: skip
             else:
-                return source
-    raise UserError(problem or "%s: no checkpoint there on any of the %d nodes" % (path, len(saved)))
+                return source, problem
+    raise Refusal(problem or "%s: no checkpoint there on any of the %d nodes" % (parent, len(saved)))
 
 
 def _order(name: str) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import socket
 import threading
 import time
@@ -11,16 +12,18 @@ from .errors import RunFailed, UserError
 from .link import Document, Link, read_frame, write_frame
 
 Say = Callable[[str], None]  # takes a line for the user
-PROTOCOL = 1
+PROTOCOL = 2
 HELLO_S = 5.0  # for a connection to say which node it is
 KNOCK_S = 0.5  # between two attempts
 FIRST_S = 3.0  # before the first line about who is missing; nobody starts two nodes in the same second
 AGAIN_S = 30.0  # between two such lines
+GREETED = 64  # connections that may be silent at once
 Joined = Tuple[Dict[int, Link], List[str]]  # links by node; names
 
 
 class Meeting(NamedTuple):
-    """This launcher is ``node`` of ``nodes`` and calls itself ``name``; all meet at ``addr``:``port`` within ``wait_s`` seconds."""
+    """This launcher is ``node`` of ``nodes`` and calls itself ``name``; all meet at ``addr``:``port`` within ``wait_s`` seconds.
+    ``command``: what of its command line must be the same on all nodes."""
 
     node: int
     nodes: int
@@ -31,6 +34,7 @@ class Meeting(NamedTuple):
     say: Say
     changed: threading.Condition
     check: Callable[[], None]
+    command: str
 
     @property
     def where(self) -> str:
@@ -66,14 +70,19 @@ def join(meeting: Meeting) -> Joined:
         except BaseException as error:
             hall.send_home(str(error) or "interrupted")
             raise
+        finally:
+            hall.closed = True
     return hall.links, hall.names
 
 
 class _Hall:
-    """Node 0's: whoever has come so far."""
+    """Node 0's: whoever has come so far. Every connection is greeted by a thread of its own: one that says nothing keeps nobody
+    out."""
 
     def __init__(self, meeting: Meeting) -> None:
         self.meeting, self.links, self.strangers = meeting, {}, 0  # type: Meeting, Dict[int, Link], int
+        self.lock, self.room = threading.Lock(), threading.Semaphore(GREETED)
+        self.closed = False  # nobody comes in any more
 
     @property
     def names(self) -> List[str]:
@@ -87,7 +96,7 @@ class _Hall:
                 raise RunFailed("%s has not come to %s within %d s. Start pipedock train there with --node-rank and --master-addr, "
                                 "and let the port through" % (missing, self.meeting.where, self.meeting.wait_s))  # fmt: skip
             with contextlib.suppress(socket.timeout):
-                self._greet(*door.accept())
+                self._meet(*door.accept())
             for link in [link for link in self.links.values() if link.over]:
                 self.meeting.say("%s has gone again" % link)
                 self.links.pop(link.node).close()
@@ -99,7 +108,19 @@ class _Hall:
         for link in self.links.values():
             link.end({"line": "node 0 (%s): %s" % (self.meeting.name, line)})
 
+    def _meet(self, sock: socket.socket, peer: Any) -> None:
+        if not self.room.acquire(blocking=False):
+            sock.close()
+            return
+        threading.Thread(target=self._greet, args=(sock, peer), daemon=True).start()
+
     def _greet(self, sock: socket.socket, peer: Any) -> None:
+        try:
+            self._hello(sock, peer)
+        finally:
+            self.room.release()
+
+    def _hello(self, sock: socket.socket, peer: Any) -> None:
         end = time.monotonic() + HELLO_S
 
         def hear() -> None:
@@ -109,27 +130,33 @@ class _Hall:
         try:
             sock.settimeout(HELLO_S)
             hello = read_frame(sock, hear)[0]
-            node, name = hello["node"], str(hello["name"])
+            node, name = hello["node"], plain(hello["name"], 64)
             if type(node) is not int:
                 raise TypeError(node)
-            refusal = self._refusal(hello, node, name)
+            with self.lock:
+                refusal = self._refusal(hello, node, name)
+                if not refusal and not self.closed:
+                    self.links[node] = Link(sock, node, name, self.meeting.changed)
+                    self.links[node].start()
+                    return
             if refusal:
                 self.meeting.say(refusal)
                 write_frame(sock, {"kind": "refused", "line": refusal})
-                sock.close()
-                return
+            sock.close()
         except (OSError, EOFError, ValueError, KeyError, TypeError):
             sock.close()
-            self.strangers += 1
-            if self.strangers == 1:  # a port scanner comes back
+            with self.lock:
+                self.strangers += 1
+                first = self.strangers == 1  # a port scanner comes back
+            if first and not self.closed:
                 self.meeting.say("a connection from %s was no pipedock train; ignored" % peer[0])
-            return
-        self.links[node] = Link(sock, node, name, self.meeting.changed)
-        self.links[node].start()
 
     def _refusal(self, hello: Document, node: int, name: str) -> str:
         if hello.get("protocol") != PROTOCOL:
             return "node %d (%s) has another version of pipedock than node 0 (%s)" % (node, name, self.meeting.name)
+        if hello["command"] != self.meeting.command:
+            return "node %d (%s) runs %s, node 0 (%s) %s; give all nodes the same command" % (
+                node, name, plain(hello["command"], 200), self.meeting.name, self.meeting.command)  # fmt: skip
         if hello["nodes"] != self.meeting.nodes:
             return "node %d (%s) was started with --nodes %s, node 0 (%s) with --nodes %d" % (
                 node, name, hello["nodes"], self.meeting.name, self.meeting.nodes)  # fmt: skip
@@ -140,6 +167,11 @@ class _Hall:
             other = self.links[node].name if node in self.links else self.meeting.name
             return "two launchers are node %d: %s and %s; give each its own --node-rank" % (node, other, name)
         return ""
+
+
+def plain(text: Any, most: int) -> str:
+    """What another machine says of itself, as far as it can be shown."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:most])
 
 
 def _listen(addr: str, port: int) -> socket.socket:
@@ -160,8 +192,8 @@ def _listen(addr: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRNOTAVAIL:
             line = "--master-addr %s: is no address of this machine, which is node 0; name one that all nodes reach"
             raise UserError(line % addr) from None
-        raise UserError("--master-port: port %d of %s cannot be used: %s. Is another pipedock train running? Name another port."
-                        % (port, addr, error.strerror)) from None  # fmt: skip
+        raise UserError("--master-port: port %d of %s cannot be used: %s. Is another pipedock running? Name another port."
+                        % (port, addr, os.strerror(error.errno) if error.errno else error)) from None  # fmt: skip
 
 
 def _enter(meeting: Meeting) -> Joined:
@@ -189,7 +221,8 @@ def _knock(meeting: Meeting, patience: Patience) -> socket.socket:
     while not patience.over("waiting for node 0 at %s (%s)" % (meeting.where, reason)):
         try:
             sock = socket.create_connection((meeting.addr, meeting.port), timeout=HELLO_S)
-            write_frame(sock, {"protocol": PROTOCOL, "node": meeting.node, "nodes": meeting.nodes, "name": meeting.name})
+            write_frame(sock, {"protocol": PROTOCOL, "node": meeting.node, "nodes": meeting.nodes, "name": meeting.name,
+                               "command": meeting.command})  # fmt: skip
             return sock
         except OSError as error:
             reason = error.strerror or str(error)

@@ -182,7 +182,8 @@ class Ranks:
         trouble = self.watch.look([self.board.sign(rank) for rank in range(self.world)])
         if trouble is not None:
             self.local.dump_stacks()
-            raise self.team.failed("%s. Logs: %s%s" % (trouble, self.logs / "rank_*.log", self.local.dump_stacks()))
+            where = "%s%s" % (self.logs / "rank_*.log", " on every node" if self.team.others else "")
+            raise self.team.failed("%s. Logs: %s%s" % (trouble, where, self.local.dump_stacks()))
 
     def _cause(self) -> RunFailed:
         """The first cause among the failed ranks: a rank that was killed, then an error of its own, then an echo of another's. A

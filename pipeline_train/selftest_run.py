@@ -32,7 +32,8 @@ FIGURES = {
     "losses": "a loss of the first %d steps" % STEPS,
 }
 EPSILON = {"bf16": 2.0**-7, "fp16": 2.0**-10}  # torch.finfo(dtype).eps, without importing torch
-RANK = ["-m", "pipeline_train.selftest"]
+# Bound to the launcher's life before torch is imported, which takes seconds.
+RANK = ["-c", "from pipeline_train import worker; worker.die_with_parent(); from pipeline_train import selftest; selftest.main()"]
 DRIVER = Path("/proc/driver/nvidia")
 MACHINE = {"run": {"out": "-"}, "model": {"path": "-"}, "data": {"train": "-"}, "parallel": {"pipe": 2}}
 
@@ -98,9 +99,9 @@ def _driver() -> List[str]:
     return found
 
 
-def test(cases: List[Dict[str, Any]], gpus: int, folder: Path) -> Dict[str, Any]:
+def test(cases: List[Dict[str, Any]], gpus: int, folder: Path, check: Callable[[], None] = lambda: None) -> Dict[str, Any]:
     """Run the cases, their logs in ``folder`` -> {"ok", "cases", "worst", "seconds"}. Raises RunFailed saying what
-    differs, with that as its document."""
+    differs, with that as its document. ``check`` may raise a better reason why it has been stopped."""
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
@@ -111,6 +112,7 @@ def test(cases: List[Dict[str, Any]], gpus: int, folder: Path) -> Dict[str, Any]
         ranks = launch.Ranks(command, world, launch.environment(world, gpus), folder, lambda message: None)
         figures = launch.supervise(ranks)["figures"]
     except RunFailed as error:
+        check()
         raise RunFailed("self-test: %s" % error) from None
     judged = [_judge(tested, found, gpus) for tested, found in zip(cases, figures)]
     worst = {name: max(found[name] for found in judged) for name in FIGURES}
@@ -165,9 +167,9 @@ def _folder(path: str) -> Path:
     return manifest.find_checkpoint(folder) if (folder / "checkpoints").is_dir() else folder
 
 
-def once(prepared: prepare.Prepared, say: Say, node: int = 0) -> None:
+def once(prepared: prepare.Prepared, say: Say, node: int = 0, check: Callable[[], None] = lambda: None) -> None:
     """Before step 1 of a run: test this environment unless that has been done; the figures go into <out>/resolved. Each ``node``
-    tests itself: it is its installation and its cards that may be broken."""
+    tests itself: it is its installation and its cards that may be broken. ``check`` raises what has happened on another node."""
     run, out, name = prepared.config, prepared.out, "self_test" if node == 0 else "self_test_node_%d" % node
     if not run.run.self_test:
         say("self-test: skipped (run.self_test: false)")
@@ -180,7 +182,7 @@ def once(prepared: prepare.Prepared, say: Say, node: int = 0) -> None:
             "self-test: this environment is new; a tiny %s is compared with transformers first, under a minute"
             % prepared.dims.family
         )
-        answer = dict(test(cases, prepared.gpus, out / "logs" / name), key=key)
+        answer = dict(test(cases, prepared.gpus, out / "logs" / name, check), key=key)
         say(told(answer))
         _record(answer, say)
     (out / "resolved" / (name + ".json")).write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")

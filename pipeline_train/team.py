@@ -53,8 +53,9 @@ class Team:
 
     def file(self, rank: int, path: str) -> str:
         """A file of the rank's node."""
-        node = self.place.node_of(rank)
-        return path if node == self.place.node or self.place.shared else "%s:%s" % (self.place.nodes[node].name, path)
+        if not self.others or self.place.shared:
+            return path
+        return "%s:%s" % (self.place.nodes[self.place.node_of(rank)].name, path)  # the line is shown on every node
 
     def check(self) -> None:
         """Raises what makes going on together impossible: a node that is gone, or has ended."""

@@ -47,7 +47,7 @@ def _join(request: Any, args: argparse.Namespace) -> Dict[str, Any]:
     from pipeline_train.gather import bring
 
     name = os.uname().nodename
-    channel = Channel.open(request.node, request.nodes, request.addr, request.port + 1, name, WAIT_S, _say)
+    channel = Channel.open(request.node, request.nodes, request.addr, request.port + 1, name, WAIT_S, _say, command=_command(args))
     try:
         document = bring(channel, Path(args.input), _say, args.everywhere, not args.without_optimizer)
     except BaseException as error:
@@ -55,6 +55,15 @@ def _join(request: Any, args: argparse.Namespace) -> Dict[str, Any]:
         raise
     channel.close()
     return document
+
+
+def _command(args: argparse.Namespace) -> str:
+    """What must be the same on all nodes: they would wait for each other's files for ever. A run lies where its node has it."""
+    from pipeline_train.manifest_values import STEP
+
+    name = os.path.basename(args.input.rstrip("/"))
+    words = ["pipedock gather", "--input", name if STEP.fullmatch(name) else "RUN"]
+    return " ".join(words + ["--everywhere"] * args.everywhere + ["--without-optimizer"] * args.without_optimizer)
 
 
 def _say(line: str) -> None:

@@ -54,7 +54,7 @@ def _checked(args: argparse.Namespace, loaded: Any) -> Dict[str, Any]:
         return preflight.preflight(preflight.alone(), task, say, not args.no_bandwidth)
     task = task._replace(addr=request.addr, port=request.port)
     with _folder_for_logs(request.hosts) as logs, together.elsewhere(request, _same_everywhere(args), logs) as check:
-        channel = preflight.meet(task, request, args.wait, say, check)
+        channel = preflight.meet(task, request, args.wait, say, check, _command(args))
         try:
             document = preflight.preflight(channel, preflight.allotted(channel, task, request.hosts), say, not args.no_bandwidth)
         except preflight.NotReady:
@@ -73,6 +73,11 @@ def _same_everywhere(args: argparse.Namespace) -> List[str]:
     if args.config is not None:
         found += ["--config", str(args.config)]
     return found + [word for pair in args.set for word in ("--set", pair)]
+
+
+def _command(args: argparse.Namespace) -> str:
+    """What must be the same on all nodes."""
+    return "pipedock preflight" + " --config RUN" * (args.config is not None) + " --no-bandwidth" * args.no_bandwidth
 
 
 @contextlib.contextmanager

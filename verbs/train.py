@@ -63,7 +63,7 @@ def _train(loaded: Any, args: argparse.Namespace, party: Any, host: Any) -> Dict
     if leads:
         exporting.check_before(loaded, args.resume is not None)
     prepared = prepare(loaded, Path(args.config), args.resume, say, args.allow_changed_data, party, host)
-    exporting.check_model(loaded.export, prepared.dims)
+    exporting.check_model(loaded.export, prepared.dims, prepared.config.model.dtype, leads)
     out = str(prepared.out)
     if prepared.done >= prepared.total:
         say("%s: finished already, at step %d of %d" % (out, prepared.done, prepared.total))
@@ -71,7 +71,10 @@ def _train(loaded: Any, args: argparse.Namespace, party: Any, host: Any) -> Dict
         done.update(loss_first=None, loss_last=None, seconds=0.0, tokens=0, peak_gib=[])
         return dict(done, **_export(prepared, party, False))
     together.check(party, prepared.config, prepared)
-    selftest_run.once(prepared, say, party.place.node if party is not None else 0)
+    if party is None:
+        selftest_run.once(prepared, say)
+    else:
+        selftest_run.once(prepared, say, party.place.node, party.channel.check)
     parallel = prepared.config.parallel
     say("%s: steps %d to %d, %d stages x %d replicas, layers per stage %s, %s on %s" % (
         out, prepared.done + 1, prepared.total, parallel.pipe, parallel.data, parallel.parts, prepared.config.model.dtype,

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from ..control import Channel
 from ..worker import PARENT
@@ -40,15 +40,18 @@ def measure(channel: Channel, addr: str, port: int, facts: Facts) -> Dict[str, A
     if not cards:
         env["DS_ACCELERATOR"] = "cpu"
     envs = [dict(env, RANK=str(sum(ranks[: channel.node]) + local), LOCAL_RANK=str(local)) for local in range(mine)]
-    found = run_ranks([sys.executable] + PROBE, envs, LIMIT_S + LIMIT_RANK_S * sum(ranks))
+    found = run_ranks([sys.executable] + PROBE, envs, LIMIT_S + LIMIT_RANK_S * sum(ranks), channel.check)
     rows = channel.exchange(found)
     document = dict(rows[0]["answer"] or {})
     document.update(ranks=ranks, error=[row["error"] for row in rows])
     return document
 
 
-def run_ranks(command: List[str], envs: Sequence[Dict[str, str]], limit_s: float) -> Dict[str, Any]:
-    """Start them, wait for them, leave none behind. {"answer": what the first printed, "error": "" or the first cause}."""
+def run_ranks(
+    command: List[str], envs: Sequence[Dict[str, str]], limit_s: float, check: Callable[[], None] = lambda: None
+) -> Dict[str, Any]:
+    """Start them, wait for them, leave none behind. {"answer": what the first printed, "error": "" or the first cause}. ``check``
+    may raise what makes waiting useless."""
     deadline = time.monotonic() + limit_s
     processes: List[subprocess.Popen] = []
     with contextlib.ExitStack() as stack:
@@ -63,6 +66,7 @@ def run_ranks(command: List[str], envs: Sequence[Dict[str, str]], limit_s: float
         while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
             if time.monotonic() > deadline:
                 return {"answer": None, "error": "no end after %.0f s" % limit_s}
+            check()
             time.sleep(0.05)
         failed = [number for number, process in enumerate(processes) if process.poll()]
         if failed:

@@ -1,5 +1,6 @@
 """One machine's own state: what is measured of it, and the checks that need nothing else. Checks take what was measured as data."""
 
+import os
 import re
 import resource
 import shutil
@@ -30,7 +31,7 @@ def measure(out: Optional[Path]) -> Facts:
         "limits": {name: [_limit(value) for value in resource.getrlimit(number)] for name, number in LIMITS.items()},
         "memory": {"available": host.available_memory(), "limit": host.memory_limit()},
         "infiniband": INFINIBAND.is_dir() and any(INFINIBAND.iterdir()), "container": any(path.exists() for path in IN_CONTAINER),
-        "disk": None if out is None else dict(_disk(_there(out)), path=str(out)),
+        "disk": None if out is None else dict(_disk(_there(out)), path=str(out), wrong=_unusable(_there(out))),
     }  # fmt: skip
 
 
@@ -47,6 +48,13 @@ def _there(path: Path) -> Path:
     """The nearest folder above that exists."""
     path = path.absolute()
     return next(folder for folder in [path] + list(path.parents) if folder.exists())
+
+
+def _unusable(path: Path) -> str:
+    """Why nothing can be made below it; "" where it can."""
+    if not path.is_dir():
+        return "%s is no folder" % path
+    return "" if os.access(str(path), os.W_OK | os.X_OK) else "%s cannot be written" % path
 
 
 def check_versions(facts: Facts) -> List[Finding]:
@@ -129,6 +137,9 @@ def check_disk(facts: Facts) -> List[Finding]:
     disk, need = facts["disk"], facts["need"]
     if disk is None or need is None:
         return []
+    if disk["wrong"]:
+        return [Finding("disk", FAILURE, "%s: %s" % (disk["path"], disk["wrong"]),
+                        "name a folder in run.out that this user can write")]  # fmt: skip
     one, several = need["checkpoint"], need["checkpoint"] * need["checkpoints"]
     said = "%s: %s free" % (disk["path"], size(disk["free"]))
     if disk["free"] < one:

@@ -184,12 +184,12 @@ def alone() -> Channel:
     return Channel(0, 1, os.uname().nodename)
 
 
-def meet(task: Task, request: Request, wait_s: float, say: Say, check: Callable[[], None]) -> Channel:
+def meet(task: Task, request: Request, wait_s: float, say: Say, check: Callable[[], None], command: str) -> Channel:
     """The channel to the other nodes, see control.Channel.open. Raises NotReady, with what is to say of this node alone, when they
     do not come; UserError for launchers that do not belong together."""
     node, nodes, port = request.node, request.nodes, request.port + 1
     try:
-        return Channel.open(node, nodes, request.addr, port, os.uname().nodename, wait_s, say, check)
+        return Channel.open(node, nodes, request.addr, port, os.uname().nodename, wait_s, say, check, command)
     except RunFailed as error:
         facts = measure(task)
         fix = "start pipedock preflight there too; let port %d of node 0 through: sudo ufw allow %d/tcp" % (port, port)

@@ -1,7 +1,10 @@
 """``pipedock train --self-test``: passes here, notices what it is there for, and is asked once per environment."""
 
 import json
+import os
+import signal
 import sys
+import threading
 
 import pytest
 import yaml
@@ -108,7 +111,7 @@ def prepared(tmp_path, **run):
 def test_an_environment_is_tested_once(monkeypatch, tmp_path):
     said, tested = [], []
 
-    def fake(cases, gpus, folder):
+    def fake(cases, gpus, folder, check):
         tested.append(folder)
         worst = dict.fromkeys(FIGURES, 1e-7)
         return {"ok": True, "cases": [], "worst": worst, "seconds": 1}
@@ -205,3 +208,19 @@ def test_the_message_names_every_figure_that_is_off(monkeypatch, tmp_path):
     assert "the loss is 5.0e-01 away from transformers' (limit 1e-05), a gradient is 2.0e+00" in text
     assert "a loss of the first 5 steps is 5.0e-01" in text and "furthest: layer 3, mlp.up_proj.weight" in text
     assert "gradient norm" not in text and failed.value.document["ok"] is False
+
+
+def test_why_another_node_has_ended_it_is_said(tmp_path, monkeypatch):
+    """The launcher stops what it does by a signal to itself when another node is gone; its line is that node's."""
+    script = tmp_path / "rank.py"
+    script.write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(selftest_run, "RANK", [str(script)])
+    cases = [{"run": {"parallel": {"pipe": 1, "data": 1}}}]
+    threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+
+    def check():
+        raise RunFailed("node 1 (b) is gone")
+
+    with pytest.raises(RunFailed) as error:
+        selftest_run.test(cases, 0, tmp_path / "logs", check)
+    assert str(error.value) == "node 1 (b) is gone"

@@ -33,7 +33,7 @@ def test_train_exports_and_proves(tmp_path, capfd, monkeypatch):
     export.mkdir()
     (export / "thesis.txt").write_text("mine")
     assert main(command) == 2
-    assert "exists and is not empty" in capfd.readouterr().err and not out.exists()
+    assert "exists and is not empty; name another folder or remove it" in capfd.readouterr().err and not out.exists()
     assert main(command + ["--resume", "auto"]) == 2, "a folder that is no export of ours is never replaced"
     assert "is not an export of pipedock" in capfd.readouterr().err and (export / "thesis.txt").read_text() == "mine"
     (export / "thesis.txt").unlink()

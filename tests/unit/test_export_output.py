@@ -276,3 +276,25 @@ def test_progress_where_there_is_no_terminal(capsys, monkeypatch):
         now[0] += 3.0
         show(done * 10**9, 4 * 10**9)
     assert capsys.readouterr().err == "to-hf: 2.00 of 4.00 GB, 0.33 GB/s, 6 s left\nto-hf: 4.00 of 4.00 GB, 0.33 GB/s, 0 s left\n"
+
+
+def test_the_export_of_a_training_has_room_before_it_begins(tmp_path, monkeypatch):
+    """Days before it is written."""
+    from types import SimpleNamespace
+
+    from pipeline_train import families
+    from tests.models import tiny_config
+    from verbs import exporting
+
+    dims = families.dims_of(tiny_config("llama"))
+    numbers = sum(families.FAMILIES["llama"].layer_params(dims, layer) for layer in range(dims.layers))
+    section = SimpleNamespace(dir=str(tmp_path / "new" / "x"), target="hf")
+    for dtype, width in (("fp32", 4), ("bf16", 2)):
+        monkeypatch.setattr(aside.shutil, "disk_usage", lambda path, free=numbers * width - 1: SimpleNamespace(free=free))
+        with pytest.raises(UserError) as error:
+            exporting.check_model(section, dims, dtype, True)
+        assert str(error.value).startswith("export.dir: %s: the export needs " % section.dir)
+        assert str(error.value).endswith(" are free there; make room, or name a folder of another disk")
+        exporting.check_model(section, dims, dtype, False)  # another node, which writes none of it
+    monkeypatch.setattr(aside.shutil, "disk_usage", lambda path: SimpleNamespace(free=numbers * 4))
+    exporting.check_model(section, dims, "fp32", True)

@@ -33,7 +33,7 @@ def facts(**changed: Any) -> Dict[str, Any]:
         "shm": {"size": 8 * GIB, "free": 8 * GIB}, "limits": {"memlock": [None, None], "stack": [8 * MIB, None],
                                                               "nofile": [65536, 65536]},
         "memory": {"available": 100 * GIB, "limit": None}, "infiniband": False, "container": False,
-        "disk": {"path": "runs/x", "size": 900 * GIB, "free": 800 * GIB}, "ranks": 2, "files": {},
+        "disk": {"path": "runs/x", "size": 900 * GIB, "free": 800 * GIB, "wrong": ""}, "ranks": 2, "files": {},
         "gpus": {"cards": [card(0), card(1)], "torch": 2, "error": "", "cpu": False, "no_cpu": ""},
         "need": {"gpu": [40 * GIB, 40 * GIB], "host": 0, "copy": 20 * GIB, "checkpoint": 80 * GIB, "checkpoints": 4}, "world": 2,
     }  # fmt: skip
@@ -109,10 +109,20 @@ def test_a_real_limit_is_measured() -> None:
     only([found], FAILURE, "ulimit nofile: 300", "need about 544")
 
 
+def test_where_a_run_cannot_be_kept(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "file").write_text("x")
+    assert machine.measure(tmp_path / "file")["disk"]["wrong"] == "%s is no folder" % (tmp_path / "file")
+    assert machine.measure(tmp_path / "new" / "run")["disk"]["wrong"] == ""
+    monkeypatch.setattr(machine.os, "access", lambda path, mode: False)  # a read-only disk; root may write everywhere else
+    assert machine.measure(tmp_path / "new" / "run")["disk"]["wrong"] == "%s cannot be written" % tmp_path
+
+
 def test_disk() -> None:
     only(machine.check_disk(facts(disk={"free": 10 * GIB})), FAILURE, "disk: runs/x: 10.0 GiB free",
          "one checkpoint needs 80.0 GiB", "run.out")  # fmt: skip
     only(machine.check_disk(facts(disk={"free": 200 * GIB})), WARNING, "room for 4 checkpoints, 320.0 GiB", "train.keep")
+    only(machine.check_disk(facts(disk={"wrong": "/data cannot be written"})), FAILURE, "disk: runs/x: /data cannot be written",
+         "run.out")  # fmt: skip
     assert machine.check_disk(dict(facts(), need=None)) == machine.check_disk(dict(facts(), disk=None)) == []
 
 

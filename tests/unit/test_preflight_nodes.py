@@ -14,6 +14,7 @@ import pytest
 
 from pipeline_train import config, preflight
 from pipeline_train.control import Channel
+from pipeline_train.errors import RunFailed
 from pipeline_train.hostfile import Host
 from pipeline_train.nodes import Request
 from pipeline_train.preflight import bandwidth, clocks, together, wires
@@ -242,6 +243,21 @@ def test_ranks_that_fail_or_hang_are_ended(tmp_path: Path) -> None:
     assert "cannot be started" in bandwidth.run_ranks(["/no/such"], envs, 1.0)["error"]
 
 
+def test_ranks_end_when_another_node_is_gone(tmp_path: Path) -> None:
+    code = "import os, time; open(%r, 'w').write(str(os.getpid())); time.sleep(60)" % str(tmp_path / "pid")
+
+    def check() -> None:
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+            raise RunFailed("node 1 (b) is gone")
+
+    began = time.monotonic()
+    with pytest.raises(RunFailed) as error:
+        bandwidth.run_ranks([sys.executable, "-c", code], [dict(os.environ, RANK="0")], 50.0, check)
+    assert str(error.value) == "node 1 (b) is gone" and time.monotonic() - began < 25
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def make_run(root: Path, data: str = "{}\n", weights: str = "w") -> config.RunConfig:
     """A run.yaml's files in ``root``, its data encoded."""
     for path, text in {"train.jsonl": data, "out/data/train.json": '{"hash": "h"}', "model/model.safetensors": weights,
@@ -324,7 +340,7 @@ def test_all_failures_are_in_the_one_line() -> None:
 def test_a_missing_node_is_told_with_what_is_known_of_this_one(cpu: None) -> None:
     task = preflight.Task(addr=HERE, port=free_port())
     with pytest.raises(NotReady) as caught:
-        preflight.meet(task, Request(1, 2, HERE, task.port), 0.2, lambda line: None, lambda: None)
+        preflight.meet(task, Request(1, 2, HERE, task.port), 0.2, lambda line: None, lambda: None, "x")
     assert "node 0 does not answer at 127.0.0.1:%d" % (task.port + 1) in str(caught.value)
     assert "sudo ufw allow %d/tcp" % (task.port + 1) in str(caught.value)
     assert [row["check"] for row in caught.value.document["findings"]][:1] == ["versions"]

@@ -146,8 +146,10 @@ def test_launchers_that_do_not_belong_together_are_refused_and_the_right_ones_st
     cluster.threads[2].join(20)
     cluster.threads[3].join(20)
     with knock(cluster.port) as sock:
-        link.write_frame(sock, {"protocol": joining.PROTOCOL, "node": 5, "nodes": 3, "name": "far"})
-        assert link.read_frame(sock)[0]["line"] == "node 5 (far): with --nodes 3, --node-rank is 0 to 2"
+        link.write_frame(
+            sock, {"protocol": joining.PROTOCOL, "node": 5, "nodes": 3, "name": "far\x1b[1m", "command": "pipedock train"}
+        )
+        assert link.read_frame(sock)[0]["line"] == "node 5 (far?[1m): with --nodes 3, --node-rank is 0 to 2"
     cluster.start(2, lambda channel: channel.exchange({}))
     found = cluster.join()
     assert isinstance(found["four"], UserError)
@@ -180,6 +182,31 @@ def knock(port):
 
 def framed(text):
     return link.HEAD.pack(link.MAGIC, len(text), 0) + text
+
+
+def test_launchers_that_run_something_else_are_refused():
+    """Each would wait for messages that the other never sends."""
+    cluster, answers = Cluster(2), []
+    cluster.start(0, lambda channel: channel.exchange({}))
+    for command in ("pipedock gather --input RUN", "x" * 9999):
+        with pytest.raises(UserError) as error:
+            Channel.open(1, 2, "127.0.0.1", cluster.port, "other", 20.0, answers.append, command=command)
+        line = "node 1 (other) runs %s, node 0 (box0) pipedock train; give all nodes the same command"
+        assert str(error.value) == line % command[:200]
+    cluster.start(1, lambda channel: channel.exchange({}))
+    assert cluster.join() == {0: [{}, {}], 1: [{}, {}]}
+
+
+def test_silent_connections_keep_nobody_out():
+    """A monitor that only holds them open: each would be waited for."""
+    cluster, began = Cluster(2), time.monotonic()
+    cluster.start(0, lambda channel: channel.exchange({}))
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            stack.enter_context(knock(cluster.port))
+        cluster.start(1, lambda channel: channel.exchange({}))
+        assert cluster.join() == {0: [{}, {}], 1: [{}, {}]}
+    assert time.monotonic() - began < 8 * joining.HELLO_S / 2
 
 
 def test_a_stranger_who_is_slow_is_left(monkeypatch):
@@ -217,7 +244,8 @@ def test_a_node_that_goes_while_others_are_missing_may_come_again():
     cluster = Cluster(3)
     cluster.start(0, lambda channel: channel.names)
     with knock(cluster.port) as sock:
-        link.write_frame(sock, {"kind": "hello", "protocol": joining.PROTOCOL, "node": 1, "nodes": 3, "name": "first"})
+        link.write_frame(sock, {"kind": "hello", "protocol": joining.PROTOCOL, "node": 1, "nodes": 3, "name": "first",
+                                "command": "pipedock train"})  # fmt: skip
         link.read_frame(sock)  # a beat: it is in
     deadline = time.monotonic() + 10
     while "node 1 (first) has gone again" not in cluster.said[0]:

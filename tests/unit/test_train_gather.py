@@ -104,10 +104,13 @@ def test_what_is_nowhere_is_said_and_an_older_one_is_taken_of_a_run(cluster):
     (checkpoint.folder(cluster.outs[1], 4) / manifest.optim_file(2)).unlink()
     for error in brought(cluster, "checkpoints/step_000004"):
         assert isinstance(error, UserError)
-        assert str(error).endswith(
-            "checkpoints/step_000004: layer_003.safetensors and 1 more on none of the 2 nodes; name an older checkpoint"
-        )
-    assert brought(cluster)[0]["step"] == 2 and whole(cluster, 0, 2)
+        assert str(error).endswith("checkpoints/step_000004: layer_003.safetensors and 1 more on none of the 2 nodes")
+    said = []
+    assert brought(cluster, said=said)[0]["step"] == 2 and whole(cluster, 0, 2)
+    parents = [out / "checkpoints" for out in cluster.outs]
+    for parent in parents:
+        assert "passed over: %s/step_000004: layer_003.safetensors and 1 more on none of the 2 nodes" % parent in said
+        assert "the newest that can be whole is %s/step_000002: name that one to to-hf, verify and a resume" % parent in said
 
 
 def test_parts_of_different_saves_are_not_mixed(cluster):
@@ -123,7 +126,7 @@ def test_parts_of_different_saves_are_not_mixed(cluster):
 
 def test_nothing_is_there(cluster):
     for error in brought(cluster, "elsewhere"):
-        assert isinstance(error, UserError) and str(error).endswith("elsewhere: no checkpoint there on any of the 2 nodes")
+        assert isinstance(error, UserError) and str(error).endswith("checkpoints: no checkpoint there on any of the 2 nodes")
 
 
 def test_a_file_that_was_damaged_is_refused_and_the_rest_stays(cluster, monkeypatch):
@@ -132,7 +135,8 @@ def test_a_file_that_was_damaged_is_refused_and_the_rest_stays(cluster, monkeypa
     path.write_bytes(good[:-1] + b"?")
     here, there = brought(cluster)
     wanted = "%s: what came from node 1 (b) is not what was saved (its size or sha256 is not that of manifest.json); is its disk " \
-             "or the network damaged?" % (checkpoint.folder(cluster.outs[0], 4) / manifest.layer_file(4))  # fmt: skip
+             "or the network damaged? If it stays so, name an older checkpoint" % (
+                 checkpoint.folder(cluster.outs[0], 4) / manifest.layer_file(4))  # fmt: skip
     assert isinstance(here, RunFailed) and str(here) == wanted and str(there) == "node 0 (a): " + wanted
     left = sorted(p.name for p in checkpoint.folder(cluster.outs[0], 4).iterdir())
     assert manifest.layer_file(3) in left and manifest.layer_file(4) not in left and not [n for n in left if n.startswith(".")]
@@ -218,8 +222,8 @@ def test_a_node_gives_nothing_that_is_not_in_its_manifest(cluster, monkeypatch):
     choose = gather.choose
 
     def asking(*arguments):
-        source = choose(*arguments)
-        return source._replace(lacks={0: ["../../secret"], 1: []}, lists=["../../secret"])
+        source, passed = choose(*arguments)
+        return source._replace(lacks={0: ["../../secret"], 1: []}, lists=["../../secret"]), passed
 
     monkeypatch.setattr(gather, "choose", asking)
     here, there = brought(cluster)
