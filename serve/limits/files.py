@@ -148,7 +148,8 @@ def _bloom_new(case: Case, found: Optional[FrozenSet[str]], verdict: Verdict) ->
         )
     elif same is False:
         verdict.note("lm_head.weight in the files is not the embedding; config.json says tied, so the embedding is served")
-    prefix = case.sizes.family.facts.tgi_bare_prefix if case.sizes.family is not None else "transformer."
+    assert case.sizes.family is not None  # model_type is bloom
+    prefix = case.sizes.family.facts.tgi_bare_prefix
     if found is not None and any(name.startswith(prefix) for name in found):
         verdict.refuse("the tensors' names begin with %s, and %s finds bloom's without that prefix only: %s" % (
             prefix, case.title, case.export("tgi-3")))  # fmt: skip
