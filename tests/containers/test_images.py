@@ -168,6 +168,12 @@ def test_what_a_dockerfile_copies_is_there_and_in_the_context(stack):
         assert (ROOT / source).exists() and (source == "." or admitted(source)), source
 
 
+def test_every_package_that_an_image_installs_is_in_the_context():
+    line = re.search(r"^packages = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE).group(1)
+    packages = [name.strip(' "').replace(".", "/") for name in line.split(",")]
+    assert "serve/containers" in packages and [name for name in packages if not admitted(name + "/__init__.py")] == []
+
+
 @pytest.mark.parametrize("path", ["cluster/ssh/id_ed25519", "data/mine.jsonl", "runs/a/x", ".git/config", ".env"])
 def test_what_no_image_may_hold_stays_out_of_the_context(path):
     assert not admitted(path)
