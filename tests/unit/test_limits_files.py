@@ -83,6 +83,8 @@ def test_parts_that_an_index_names_and_that_are_not_there():
         and "and 2 more: named by the index, or a link, and not there" in reason
         and "--target tgi-3" in reason
     )
+    files = but(NEW_LLAMA, missing=("a.safetensors", "b.safetensors", "c.safetensors"))
+    assert "a.safetensors, b.safetensors, c.safetensors: named" in refused(LLAMA_7B, "tgi", "3.3", 1, "t4", files=files)
     accepted(
         LLAMA_7B, "tgi", "3.3", 1, "t4", files=but(NEW_LLAMA, missing=("pytorch_model-00001-of-00002.bin",))
     )  # nobody reads it
@@ -272,6 +274,8 @@ def test_look_finds_what_is_missing_and_how_merges_and_templates_are_written(tmp
         (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "merges": merges}}))
         files = look(str(tmp_path))[1]
         assert files.merge_pairs is pairs and files.missing == ("model-2.safetensors",) and files.chat_template == "jinja"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "x"}))
+    assert look(str(tmp_path))[1].chat_template == "jinja"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
     assert look(str(tmp_path))[1].chat_template == "read"
 
