@@ -52,6 +52,8 @@ def start(client: Any, settings: Settings, progress: Say, warn: Say, timeout: fl
     )
     if not taken:
         warn("WARNING: no GPU is seen on this machine (nvidia-smi lists none): %s is started without one" % settings.engine)
+    if settings.api_key and settings.engine == "tgi":  # launcher/src/main.rs:1947 and 2079 of v3.3.7
+        warn("note: TGI gives the key to its router on a command line and prints it (docker logs): who may log in here can read it")
     images.ensure(client, plan.image, None if settings.image else verdict.digest, progress)
     container = create.create(client, settings, plan)
     try:

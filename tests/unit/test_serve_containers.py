@@ -16,7 +16,8 @@ from tests.free_port import free_port  # noqa: E402
 
 def test_what_docker_is_asked_for(folder, engine):
     port = free_port()
-    server, _ = run(folder, port=port, shards=2, api_key="secret", max_total_tokens=100)
+    server, warned = run(folder, port=port, shards=2, api_key="secret", max_total_tokens=100)
+    assert len(warned) == 1 and "who may log in here can read it" in warned[0] and "secret" not in warned[0]
     [sent] = engine.created
     assert sent["image"] == TGI and sent["name"] == "pipedock-serve-%d" % port and sent["stop_timeout"] >= 90
     assert sent["command"][:4] == ["--model-id", "/data/my-model", "--num-shard", "2"] and "secret" not in sent["command"]
