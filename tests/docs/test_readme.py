@@ -61,7 +61,7 @@ def test_every_other_block_runs_in_order(tmp_path):
             seen.append(done.stdout)
     finally:
         subprocess.run(["pipedock", "serve", "--stop", "--port", port], cwd=tmp_path, env=env, capture_output=True)
-    assert len(seen) == 7, "a block was added or lost: say here how many run"
-    assert "bubble" in seen[2]
-    assert '"generated_text"' in seen[3] and "data: {" in seen[3] and "chat.completion" in seen[3]
+    assert len(seen) == 9, "a block was added or lost: say here how many run"
+    assert "bubble" in seen[1]
+    assert '"generated_text"' in seen[4] and "data: {" in seen[4] and "chat.completion" in seen[4]
     assert (tmp_path / "exports" / "mine" / "proof.json").exists() and (tmp_path / "bloom-7b.yaml").exists()
