@@ -136,7 +136,7 @@ class Link:
 
     def _look_at_clock(self) -> None:
         now = _clock()
-        if now - self.awake > SILENT_S / 2:
+        if now - self.awake > max(SILENT_S / 2, 5 * BEAT_S):
             self.slept, self.slept_s = now, now - self.awake
         self.awake = now
 

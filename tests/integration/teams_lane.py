@@ -167,4 +167,4 @@ def test_a_launcher_without_a_verdict_ends_by_itself(tmp_path):
     line = run.launchers[1].communicate(timeout=40)[0].strip().splitlines()[-1]
     run.launchers[0].kill()
     run.end()
-    assert line == "Verdict: rank 2 on node 1 (b): disk full. Log: %s" % (tmp_path / "b" / "rank_2.log")
+    assert line == "Verdict: rank 2 on node 1 (b): disk full. Log: b:%s" % (tmp_path / "b" / "rank_2.log")

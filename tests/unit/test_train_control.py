@@ -340,14 +340,15 @@ def test_what_one_node_ends_with_all_end_with(error, kind):
 
 
 def test_trouble_interrupts_a_launcher_that_is_busy():
-    called, events = {}, {0: threading.Event(), 2: threading.Event()}
+    called, events, together = {}, {0: threading.Event(), 2: threading.Event()}, threading.Barrier(3)
 
     def work(channel):
-        if channel.node == 1:
-            channel.exchange({})
-            raise RunFailed("x")
-        channel.on_trouble = events[channel.node].set
+        if channel.node != 1:
+            channel.on_trouble = events[channel.node].set
         channel.exchange({})
+        together.wait(20)
+        if channel.node == 1:
+            raise RunFailed("x")
         called[channel.node] = events[2].wait(10) and events[channel.node].wait(10)  # node 0 tells node 2 though it is busy
         channel.check()
 
