@@ -102,6 +102,8 @@ class Streams:
         self.tasks: List[asyncio.Task[None]] = []
 
     async def start(self, tokens: int = 3900) -> None:
+        while self._server.gauge("tgi_batch_current_size"):  # those who left before have not given back their places
+            await asyncio.sleep(0.05)
         self.tasks = [asyncio.ensure_future(self._read(tokens)) for _ in range(self._count)]
         while self._server.gauge("tgi_batch_current_size") < self._count:
             await asyncio.sleep(0.05)

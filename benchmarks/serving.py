@@ -1,4 +1,4 @@
-"""What the serving benchmarks share: a tiny model, and the embedded server as a process of its own."""
+"""What the serving benchmarks share: a tiny model, and a server as a process of its own."""
 
 import os
 import re
@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, List, Optional
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,26 +25,16 @@ def tiny_model(folder: Path, **size: Any) -> None:
 
 
 class Server:
-    """``python -m serve.embedded`` on a free port; ready inside the with block, killed behind it if it is still there."""
+    """``python -m serve.embedded``, or ``command`` with a free port behind it; ready inside the with block, killed behind it."""
 
-    def __init__(self, folder: Path, *flags: str, **environment: str) -> None:
+    def __init__(self, folder: Path, *flags: str, command: Optional[List[str]] = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = "http://127.0.0.1:%d" % self.port
-        command = [
-            sys.executable,
-            "-m",
-            "serve.embedded",
-            "--model-id",
-            str(folder),
-            "--port",
-            str(self.port),
-            "--no-proof",
-            *flags,
-        ]
+        ours = [sys.executable, "-m", "serve.embedded", "--model-id", str(folder), "--no-proof", *flags, "--port"]
         clean = {name: value for name, value in os.environ.items() if name not in ("HOSTNAME", "PORT", "API_KEY")}
-        self.process = subprocess.Popen(command, cwd=str(ROOT), env={**clean, **environment})
+        self.process = subprocess.Popen([*(command or ours), str(self.port)], cwd=str(ROOT), env=clean, stdout=subprocess.DEVNULL)
 
     def __enter__(self) -> "Server":
         deadline = time.monotonic() + 300

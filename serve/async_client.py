@@ -31,7 +31,8 @@ class AsyncClient(Settings):
         super().__init__(url, **settings)
         self._errors = httpx
         limits = httpx.Limits(max_connections=None)
-        self._http = httpx.AsyncClient(headers=self.headers, timeout=self.timeout, limits=limits, trust_env=False)
+        tls = url.startswith("https://")  # reading the certificates takes 0.1 s: not where there is nothing to verify
+        self._http = httpx.AsyncClient(headers=self.headers, timeout=self.timeout, limits=limits, trust_env=False, verify=tls)
 
     async def generate(self, inputs: str, **parameters: Any) -> Generation:
         return await self._whole(lambda dialect: dialect.generate(inputs, parameters, False))
@@ -164,7 +165,7 @@ class AsyncClient(Settings):
         try:
             while True:
                 left, read = self.wait(end), chunks.__anext__()
-                yield await (read if self.deadline is None else asyncio.wait_for(read, left))
+                yield await (read if self.deadline is None else within(read, left))
         except StopAsyncIteration:
             return
         except (asyncio.TimeoutError, self._errors.TimeoutException):
@@ -201,3 +202,15 @@ class AsyncClient(Settings):
                 await response.aclose()
             raise replies.error_of(response.status_code, text, response.headers.get("retry-after", ""))
         return response
+
+
+async def within(awaitable: Awaitable[Any], seconds: float) -> Any:
+    """Its result; asyncio.TimeoutError. (asyncio.wait_for may forget a cancellation up to Python 3.11.)"""
+    task = asyncio.ensure_future(awaitable)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        if not done:
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        task.cancel()

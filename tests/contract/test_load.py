@@ -72,6 +72,43 @@ def test_requests_of_every_kind_at_once_are_not_mixed(server, model):
     assert {one.content for one in answers[1::2]} == {model.text(prompt, 12, special=False)}
 
 
+def test_sixty_four_clients_at_once(server, model):
+    """Each asks twice. benchmarks/serve_load.py has the same for a minute."""
+    asked = ["client %d" % k for k in range(16)]
+    expected = [model.text(text, 9) for text in asked]
+
+    async def one(client, number):
+        first = await client.generate(asked[number % 16], max_new_tokens=9)
+        pieces = [piece async for piece in client.generate_stream(asked[(number + 5) % 16], max_new_tokens=9)]
+        return [first.text, pieces[-1].generated_text] == [expected[number % 16], expected[(number + 5) % 16]]
+
+    async def run():
+        async with AsyncClient(server.url, timeout=120) as client:
+            return await asyncio.gather(*[one(client, number) for number in range(64)])
+
+    assert asyncio.run(run()) == [True] * 64
+
+
+def test_our_clients_see_the_servers_tokens(server, model):
+    """/tokenize and /chat_tokenize through both clients: the ids of transformers' tokenizer, and where they stand in the text."""
+    messages = [{"role": "user", "content": "hi there"}]
+    rendered = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    async def run():
+        async with AsyncClient(server.url) as client:
+            return await client.tokenize("Hello there"), await client.chat_tokenize(messages)
+
+    with Client(server.url) as client:
+        plain, chat = client.tokenize("Hello there"), client.chat_tokenize(messages)
+    assert asyncio.run(run()) == (plain, chat)
+    assert [place.id for place in plain] == model.tokenizer("Hello there")["input_ids"]
+    assert all("Hello there"[place.start : place.stop] == place.text for place in plain)
+    assert (
+        chat.text == rendered
+        and [place.id for place in chat.tokens] == model.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    )
+
+
 @pytest.mark.parametrize("path", ["/generate_stream", "/generate", "/v1/completions"])
 def test_a_client_that_goes_frees_its_row(server, model, path):
     """Its 4000 tokens are not generated (test_serve_batching has: not two more)."""

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("httpx", reason="the async client needs Python 3.10")
 from serve import client as library  # noqa: E402
+from serve.async_client import within  # noqa: E402
 from serve.client import AsyncClient, Client  # noqa: E402
 from tests.contract.recorded import OVERLOADED, STREAM_33, UNHEALTHY, WHOLE, Stub, whole  # noqa: E402
 from tests.unit.test_client import both  # noqa: E402
@@ -101,6 +102,25 @@ def test_cancelling_a_task_closes_its_connection():
 
     with endless() as stub:
         assert asyncio.run(work(stub.url)) and len(stub.seen) == 2
+
+
+def test_a_cancellation_in_the_moment_of_an_answer_is_not_forgotten():
+    """As asyncio.wait_for does up to Python 3.11."""
+
+    async def work():
+        answer = asyncio.get_running_loop().create_future()
+        waiting = asyncio.ensure_future(within(answer, 5))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        answer.set_result("late")
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert waiting.cancelled()
+        with pytest.raises(asyncio.TimeoutError):
+            await within(asyncio.sleep(5), 0.01)
+
+    asyncio.run(work())
 
 
 def test_an_exception_while_reading_closes_the_connection():

@@ -142,3 +142,24 @@ def test_health_probes_after_a_failure():
             await service.generate(request())
 
     asyncio.run(work())
+
+
+def test_who_goes_in_the_moment_a_token_comes_is_gone():
+    """The cancellation and the token in one turn of the loop: asyncio.wait_for would return the token and forget the other."""
+
+    async def work():
+        service = made(lambda job: token(job))
+        reading = asyncio.ensure_future(collected(stream_events(service, request())))
+        while not service.scheduler.jobs or not service.scheduler.jobs[0].events.empty():
+            await asyncio.sleep(0)
+        for _ in range(5):  # until it waits for the next one
+            await asyncio.sleep(0)
+        job = service.scheduler.jobs[0]
+        token(job)
+        await asyncio.sleep(0)
+        reading.cancel()
+        token(job)
+        await asyncio.wait({reading}, timeout=5)
+        return reading.cancelled(), job.cancelled
+
+    assert asyncio.run(work()) == (True, True)
