@@ -66,6 +66,8 @@ def test_an_unsharded_llama_on_v100_with_its_slow_path_named(version):
     files = NEW_LLAMA  # no .bin, no tokenizer.model: those are flash attention's
     verdict = accepted(LLAMA_7B, "tgi", version, 1, "v100", files=files)
     assert "slow" in note(verdict, "no flash attention on a v100-32g")
+    for config in (BLOOM_7B, QWEN2_7B):  # one never has it, of the other that is not known
+        assert not any("no flash attention" in text for text in accepted(config, "tgi", version, 1, "v100", nbytes=2**33).notes)
     assert any("7.0. --version 0.8 has it" in text for text in verdict.notes) is (version == "3.3")
     assert note(accepted(LLAMA_7B, "vllm", None, 1, "v100"), "compute capability 7.0").endswith("7.0")
 

@@ -56,7 +56,9 @@ def test_blooms_limit_of_4096_tokens_in_08():
 
 
 def test_llama_on_a_t4_gets_paged_attention_from_33():
-    assert accepted(LLAMA_7B, "tgi", "3.3", 2, "t4").env == {"ATTENTION": "paged"}
+    verdict = accepted(LLAMA_7B, "tgi", "3.3", 2, "t4")
+    assert verdict.env == {"ATTENTION": "paged"} and "flashinfer" in note(verdict, "ATTENTION=paged")
+    assert not any("no flash attention" in text for text in verdict.notes)  # it is there
     for version, gpu, config in (
         ("0.8", "t4", LLAMA_7B),
         ("3.3", "a100", LLAMA_7B),
