@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def tiny_model(folder: Path, **size: Any) -> None:
-    """A random llama with a tokenizer and a chat template, for the server's own speed; it has no end-of-sequence to meet."""
+    """A random llama with a tokenizer and a chat template, for the server's own speed; it seldom meets its end-of-sequence."""
     from tests.models import make_hf, tiny_config
     from tests.tokenizers import CHATML, tiny_tokenizer
 
