@@ -12,6 +12,7 @@ pytest.importorskip("httpx", reason="the clients need Python 3.10")
 from tests import terminal  # noqa: E402
 from tests.contract import recorded  # noqa: E402
 from tests.contract.recorded import Stub, cut, whole  # noqa: E402
+from tests.unit.test_client_time import gone  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 READY, DONE = b"you> ", b"after "
@@ -73,7 +74,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation():
         first, second = asked(stub)
         assert first == ["user: tell"] and second[0] == "user: tell" and second[2] == "user: thanks"
         assert second[1].startswith("assistant: word word ") and len(second[1]) < 200
-        assert stub.left  # the connection was closed, so the server stops, too
+        assert gone(stub)  # the connection was closed, so the server stops, too
     assert ended.code == 0 and any("[stopped]" in line for line in ended.screen) and "fine" in ended.screen
 
 
