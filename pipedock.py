@@ -76,7 +76,7 @@ def answer_stream() -> Iterator[TextIO]:
         sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)
         sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)
     sys.stdout.flush()
-    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    answer = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")  # half characters in names of files
     os.dup2(2, 1)
     try:
         yield answer

@@ -1,6 +1,8 @@
 """An output folder that appears whole or not at all: written as ``.<name>.partial`` beside its place, then renamed."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -26,17 +28,15 @@ def output_folder(output: str, needed: int, overwrite: bool = False) -> Iterator
 def begin(output: str, needed: int, overwrite: bool = False) -> Path:
     """Make the empty folder that ``published`` takes. Raises UserError, see ``output_folder``."""
     check_free(output, overwrite)
-    partial, final = partial_of(output), Path(os.path.abspath(output))
+    partial, final = partial_of(output), _final(output)
     try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        _claim(partial, output)
         if _old_of(final).exists() and not os.path.lexists(str(final)):  # killed between the two names of _replace
             os.replace(str(_old_of(final)), str(final))
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists():  # of a run that was killed
-            shutil.rmtree(str(partial))
-        partial.mkdir()
         free = shutil.disk_usage(str(partial)).free
     except OSError as error:
-        raise UserError("%s: cannot be made: %s: %s" % (output, error.filename, error.strerror)) from None
+        raise UserError("%s: cannot be made: %s: %s" % (output, error.filename or partial, error.strerror or error)) from None
     if free < needed:
         abandon(output)
         raise UserError("%s: needs %s, only %s are free there" % (output, _size(needed), _size(free)))
@@ -51,7 +51,7 @@ def published(output: str) -> Iterator[Path]:
     try:
         yield partial
         _sync(partial)
-        _replace(partial, Path(os.path.abspath(output)))
+        _replace(partial, _final(output))
     except OSError as error:
         raise RunFailed("%s: writing failed: %s" % (output, error.strerror or error)) from None
     finally:
@@ -59,12 +59,69 @@ def published(output: str) -> Iterator[Path]:
 
 
 def abandon(output: str) -> None:
-    """Nothing of an export that is not done stays. May be called when there is none."""
-    shutil.rmtree(str(partial_of(output)), ignore_errors=True)
+    """Nothing of an export that is not done stays; what another process is writing does. May be called when there is none."""
+    partial = partial_of(output)
+    mine = _CLAIMED.pop(str(partial), None)
+    try:
+        number = _lock(partial) if mine is None else mine
+    except OSError:
+        return
+    if mine is None or _is(number, partial):  # not renamed: that is the export
+        shutil.rmtree(str(partial), ignore_errors=True)
+    os.close(number)
+
+
+_CLAIMED: Dict[str, int] = {}  # folders that this process writes, by path: a descriptor that holds the lock
+
+
+def _claim(partial: Path, output: str) -> None:
+    """Make the folder, or take over and empty what a killed process has left; only one process has it at a time, for as long as it
+    lives. Raises UserError when another one does, OSError."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            partial.mkdir()
+        try:
+            number = _lock(partial)
+        except FileNotFoundError:  # removed in the meantime
+            continue
+        except BlockingIOError:
+            raise UserError("%s: another pipedock is writing it; wait for its end, or name another folder" % output) from None
+        if _is(number, partial):
+            break
+        os.close(number)
+    _CLAIMED[str(partial)] = number
+    for path in partial.iterdir():
+        shutil.rmtree(str(path)) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor that locks the folder until it is closed. Raises BlockingIOError when another process does, OSError. Some
+    network file systems know no locks: there nobody is kept out."""
+    number = os.open(str(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(number)
+            raise BlockingIOError(error.errno, error.strerror, str(folder)) from None
+    return number
+
+
+def _is(number: int, folder: Path) -> bool:
+    """Is that descriptor the folder that has this name now?"""
+    try:
+        return os.path.samestat(os.fstat(number), os.stat(str(folder)))
+    except FileNotFoundError:
+        return False
+
+
+def _final(output: str) -> Path:
+    """A link to a folder stays one: what it points to is replaced."""
+    return Path(os.path.realpath(output))
 
 
 def partial_of(output: str) -> Path:
-    final = Path(os.path.abspath(output))
+    final = _final(output)
     return final.parent / (".%s.partial" % final.name)
 
 
@@ -77,7 +134,7 @@ def check_free(output: str, overwrite: bool = False, apart_from: Iterable[str] =
 
     ``apart_from``: paths that ``output`` may neither be, nor lie in, nor hold.
     """
-    final = Path(os.path.abspath(output))
+    final = _final(output)
     for other in apart_from:
         _check_apart(output, os.path.realpath(str(final)), other)
     _check_parent(output, final)
@@ -99,7 +156,7 @@ def check_free(output: str, overwrite: bool = False, apart_from: Iterable[str] =
 
 def check_room(output: str, needed: int) -> None:
     """Raise UserError unless that many bytes are free where ``output`` will be."""
-    folder = Path(os.path.abspath(output))
+    folder = _final(output)
     while not folder.is_dir():
         folder = folder.parent
     free = shutil.disk_usage(str(folder)).free

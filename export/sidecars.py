@@ -35,10 +35,12 @@ def copy(source: Path, target: Path, merges: str = "") -> List[str]:
                 (target / name).write_bytes(tokenizer_core(source, merges))
             else:
                 shutil.copyfile(str(source / name), str(target / name))
-        if (source / TEMPLATE_FOLDER).is_dir():
-            shutil.copytree(str(source / TEMPLATE_FOLDER), str(target / TEMPLATE_FOLDER))
-    except shutil.Error as error:
-        raise UserError("%s: cannot be copied: %s" % (source, error)) from None
+        templates = [p for p in sorted((source / TEMPLATE_FOLDER).glob("*.jinja")) if p.is_file()]
+        for path in templates:
+            (target / TEMPLATE_FOLDER).mkdir(exist_ok=True)
+            shutil.copyfile(str(path), str(target / TEMPLATE_FOLDER / path.name))
+    except OSError as error:
+        raise UserError("%s: cannot be copied: %s" % (error.filename or source, error.strerror or error)) from None
     return copied
 
 
@@ -108,7 +110,10 @@ def tokenizer_settings(folder: Path) -> Dict[str, Any]:
     settings = read_json(folder / "tokenizer_config.json")
     jinja = folder / "chat_template.jinja"
     if jinja.exists():
-        settings["chat_template"] = jinja.read_text(encoding="utf-8")
+        try:
+            settings["chat_template"] = jinja.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError("%s: cannot be read as text: %s" % (jinja, getattr(error, "strerror", None) or "not UTF-8")) from None
     name = settings.get("tokenizer_class")
     if isinstance(name, str) and name in OLD_CLASSES:
         settings["tokenizer_class"] = OLD_CLASSES[name]

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Set, Tuple
 
 import torch
 
+from pipeline_train import proof
 from pipeline_train.errors import RunFailed
 from pipeline_train.families import Dims, ModelFamily, ParamSlot
 from pipeline_train.weights import Source
@@ -151,6 +152,9 @@ def _load(folder: Path, family: ModelFamily) -> Any:
     """The model, if transformers had a value for every parameter and a parameter for every value."""
     from transformers import AutoModelForCausalLM
 
+    code = proof.foreign_code(str(folder))
+    if code is not None:
+        raise RunFailed("%s: is code that transformers would run; an export has none, remove it" % code)
     try:
         config = _config(folder)
         options: Dict[str, Any] = {"config": config, "output_loading_info": True, "trust_remote_code": False}

@@ -46,6 +46,7 @@ def to_hf(
         raise UserError("--dtype %s: not one of those there are: %s" % (dtype, ", ".join(DTYPES)))
     limit = parse_size(shard_size)
     source = open_source(input)
+    aside.check_free(output, overwrite, apart_from=[str(source.folder)])
     source.check()
     targets.check(wanted, source.dims)
     if source.manifest is None:

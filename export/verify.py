@@ -58,8 +58,12 @@ def verify(
         "tied": source.dims.tied,
         "tolerance": tolerance,
     }
+    before = proofs.stamps(folder)
     failures = _prove(source, folder, Ask(prompts, tolerance, progress, whole), proof)
-    proof.update(holds=not failures, failures=failures, files=proofs.files(folder), versions=_versions())
+    files = proofs.files(folder)
+    if proofs.stamps(folder) != before:
+        failures.append("its files changed while they were compared; run it again when nobody writes there")
+    proof.update(holds=not failures, failures=failures, files=files, versions=_versions())
     proof.update(seconds=round(time.perf_counter() - start, 3), peak_gib=round(peak_gib(), 3))
     _keep(folder, proof)
     if failures:
@@ -105,7 +109,9 @@ def _keep(folder: Path, proof: Dict[str, Any]) -> None:
                         document=proof)  # fmt: skip
     try:
         card.prove(folder, proof)
-        (folder / proofs.NAME).write_text(json.dumps(proof, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside = folder / (".%s.new" % proofs.NAME)  # the old one holds until this one is whole
+        aside.write_text(json.dumps(proof, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(str(aside), str(folder / proofs.NAME))
     except OSError as error:
         raise RunFailed("%s: cannot be written: %s" % (folder / proofs.NAME, error.strerror)) from None
 

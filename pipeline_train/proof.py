@@ -7,7 +7,7 @@ proof.json              written by ``pipedock verify``: whether it holds, and si
 
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Set
+from typing import Any, Callable, Dict, List, Optional, Set
 
 from . import manifest
 
@@ -29,9 +29,27 @@ def weight_files(folder: Path) -> Set[str]:
 
 def files(folder: Path) -> Dict[str, Any]:
     """Size and sha256 of every file of an export that a loader may read, the proof itself left out."""
+    return {name: manifest.file_entry(folder / name) for name in names(folder)}
+
+
+def names(folder: Path) -> List[str]:
+    """Those files, also in folders below."""
     readers = {path for pattern in FOR_READERS for path in folder.glob(pattern)}
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / NAME and p not in readers]
-    return {p.relative_to(folder).as_posix(): manifest.file_entry(p) for p in paths}
+    return [p.relative_to(folder).as_posix() for p in paths]
+
+
+def stamps(folder: Path) -> Dict[str, Any]:
+    """What changes when one of them is written to: size, time and inode. Raises OSError."""
+    found = {name: (folder / name).stat() for name in names(folder)}
+    return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in found.items()}
+
+
+def foreign_code(folder: str) -> Optional[str]:
+    """A file of Python in a model folder that transformers runs when it loads the model, whether it was told to trust it or not
+    (4.57, generation/utils.py, load_custom_generate); None where there is none. ``folder`` may be a hub name."""
+    path = Path(folder) / "custom_generate" / "generate.py"
+    return str(path) if path.exists() else None
 
 
 def is_export(folder: Path) -> bool:
@@ -82,11 +100,12 @@ def _changed(folder: Path, entries: Dict[str, Any]) -> Optional[str]:
                 same = manifest.file_entry(path) == entry if full else path.stat().st_size == entry["size"]
             except OSError:
                 return "%s: is gone" % path
-            except (KeyError, TypeError):
+            except (KeyError, TypeError, ValueError):  # a name that no file can have
                 same = False
             if not same:
                 return "%s: changed" % path
-    for name in sorted(weight_files(folder) - set(entries)):
+    hidden = {name for name in names(folder) if name.startswith(".") or "/." in name}  # what a download leaves; no loader looks
+    for name in sorted((set(names(folder)) - hidden | weight_files(folder)) - set(entries)):
         return "%s: was added" % (folder / name)
     return None
 

@@ -134,12 +134,19 @@ class BinFile:
             except Exception as error:  # torch's unpickler raises whatever a damaged file makes of it
                 reason = str(error).strip().split("\n")[0][:160]
                 raise UserError("%s: not a whole file of tensors: %s" % (self.path, reason or type(error).__name__)) from error
-            if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-                raise UserError("%s: not a state dict (expected a dictionary of tensors)" % self.path)
+            if not isinstance(state, dict) or not all(_is_plain(key, value) for key, value in state.items()):
+                raise UserError("%s: not a state dict (expected a dictionary of names and plain tensors)" % self.path)
             if self._check is not None:
                 self._check(state)
             self._state = state
         return self._state
+
+
+def _is_plain(name: Any, value: Any) -> bool:
+    """A tensor with values of its own, under a name: neither sparse nor a mere shape."""
+    return (
+        isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    )
 
 
 def open_file(path: Path, check: Optional[Callable[[Iterable[str]], None]] = None) -> Any:

@@ -1,6 +1,7 @@
 """The weight files of a Hugging Face folder, of any age: which there are and which keys they hold."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple
@@ -85,11 +86,14 @@ def _weight_map(path: Path) -> Dict[str, str]:
 
 
 def _shard(index: Path, name: str, check: Callable[[Iterable[str]], None]) -> Any:
-    if Path(name).name != name or name in ("", ".", "..") or "\\" in name or not name.endswith((".safetensors", ".bin")):
-        raise UserError("%s: names %r, which is not a weight file of this folder; the index is not to be trusted" % (index, name))
+    plain = name.isprintable() and Path(name).name == name and name not in ("", ".", "..") and "\\" not in name
+    if not plain or not name.endswith((".safetensors", ".bin")):
+        raise UserError(
+            "%s: names %.80r, which is not a weight file of this folder; the index is not to be trusted" % (index, name)
+        )
     path = index.parent / name
-    if not path.is_file():
-        raise UserError("%s: names the shard %s, which is not there; the download is not complete" % (index, name))
+    if len(os.fsencode(name)) > 255 or not path.is_file():
+        raise UserError("%s: names the shard %.80r, which is not there; the download is not complete" % (index, name))
     return open_file(path, check)
 
 

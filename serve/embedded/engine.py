@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from pipeline_train import proof
 from pipeline_train.errors import RunFailed, UserError
 
 from . import attention, packed
@@ -126,6 +127,9 @@ class Engine:
 def _load(folder: str, dtype: Optional[str], device: torch.device, revision: Optional[str], trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    code = proof.foreign_code(folder)
+    if code is not None and not trust_remote_code:
+        raise UserError("%s: is code that transformers would run; read it, then remove it or give --trust-remote-code" % code)
     config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
     if dtype is not None:
         chosen = DTYPES[dtype]

@@ -6,7 +6,7 @@ from typing import Any, List, NamedTuple, Optional, Sequence
 
 import torch
 
-from pipeline_train import host
+from pipeline_train import host, proof
 from pipeline_train.errors import UserError
 from pipeline_train.families import read_config
 
@@ -36,6 +36,9 @@ class Reference:
     def __init__(self, folder: str, name: str) -> None:
         from transformers import AutoModelForCausalLM
 
+        code = proof.foreign_code(folder)
+        if code is not None:
+            raise UserError("--model %s: %s is code that transformers would run; read it, then remove it" % (folder, code))
         _check_memory(folder)
         self.dtype = DTYPES[name]
         try:

@@ -102,7 +102,7 @@ def test_what_the_user_can_get_wrong(tmp_path):
     assert refused(to_hf, c, out, dtype="int4") == "--dtype int4: not one of those there are: fp32, bf16, fp16"
     assert "--shard-size: 'huge' is not a size" in refused(to_hf, c, out, shard_size="huge")
     assert "none: no such folder" in refused(to_hf, str(tmp_path / "none"), out)
-    assert "c: exists and is not empty" in refused(to_hf, c, c)
+    assert "c itself; name a folder of its own for the export" in refused(to_hf, c, c)
     assert "c: holds layer files already (checkpoint); use it as it is" in refused(from_hf, c, out)
     (tmp_path / "c" / "manifest.json").unlink()
     assert "no weights here" in refused(from_hf, c, out)

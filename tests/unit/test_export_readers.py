@@ -151,7 +151,7 @@ def test_a_broken_index(folder):
         index.write_text(json.dumps({"weight_map": dict(whole, **{"model.norm.weight": name})}))
         assert "which is not a weight file of this folder; the index is not to be trusted" in refused(folder)
     index.write_text(json.dumps({"weight_map": dict(whole, **{"model.norm.weight": "model-00004-of-00003.safetensors"})}))
-    assert "names the shard model-00004-of-00003.safetensors, which is not there; the download is not complete" in refused(folder)
+    assert "names the shard 'model-00004-of-00003.safetensors', which is not there; the download is not complete" in refused(folder)
     other = next(name for name in whole.values() if name != whole["model.norm.weight"])
     index.write_text(json.dumps({"weight_map": dict(whole, **{"model.norm.weight": other})}))
     assert "%s: model.norm.weight is not in this file, although model.safetensors.index.json says so" % other in refused(folder)
