@@ -7,6 +7,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from jinja2 import TemplateError
 
+from pipeline_train.errors import UserError
+
 from .errors import bad_template
 
 INCOMPLETE = "\ufffd"  # what a decoder shows for the first bytes of a character whose last ones have not come yet
@@ -23,6 +25,8 @@ class Text:
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if not hasattr(self.tokenizer, "is_fast"):  # transformers 4.57 answers False for files that it cannot read
+            raise UserError("%s: its tokenizer cannot be read; export the model again" % folder)
         self.fast = bool(self.tokenizer.is_fast)
         if self.fast:  # a tokenizer.json may carry the padding and truncation of its training
             self.tokenizer.backend_tokenizer.no_truncation()

@@ -181,3 +181,15 @@ def test_a_long_prompt_leaves_pythons_lock_to_others(texts, call):
         time.sleep(0.005)
         turns += 1
     assert turns > 5  # one or two with the lock held
+
+
+def test_a_tokenizer_that_transformers_cannot_read(tmp_path, monkeypatch):
+    """It answers False, where it should raise."""
+    from transformers import AutoTokenizer
+
+    from pipeline_train.errors import UserError
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **options: False)
+    with pytest.raises(UserError) as error:
+        Text(str(tmp_path))
+    assert str(error.value) == "%s: its tokenizer cannot be read; export the model again" % tmp_path
