@@ -3,8 +3,8 @@ micro-batch, forward and backward.
 
     python benchmarks/pipeline.py --output rows.json       # two processes that compute, a thread each; four that sleep
 
-Stages that sleep stand for machines that one with few cores has not: each forward pass takes FORWARD_S more, a backward pass twice as
-much, and what is left is our own and DeepSpeed's part.
+Stages that sleep stand for machines that one with few cores has not: each forward pass takes FORWARD_S more, a backward pass twice
+as much, and what is left is our own and DeepSpeed's part.
 """
 
 import argparse
