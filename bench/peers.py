@@ -25,6 +25,7 @@ class Peer:
         self.case, self.device = case, device
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.replica = dist.get_rank() if dist.is_initialized() else 0
+        self.optimizer: Any = None
         self.model: Any = self._built(case)
         self.model.train()
         self.use(case)
@@ -40,7 +41,20 @@ class Peer:
         self.case = case
 
     def step(self, batches: List[MicroBatch], counts: Counts) -> float:
-        raise NotImplementedError
+        """One optimizer step on this rank's micro-batches; -> the mean of their losses."""
+        total = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches, 1):
+            self._begin(number == len(batches))
+            loss = self._loss(batch) / len(batches)
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(total)
+
+    def _begin(self, last: bool) -> None:
+        """Before a micro-batch; ``last``: of the step."""
 
     def facts(self) -> Dict[str, Any]:
         return {}
@@ -91,17 +105,6 @@ class Hf(Peer):
             model.compile(dynamic=False)
         return model
 
-    def step(self, batches: List[MicroBatch], counts: Counts) -> float:
-        total = torch.zeros((), device=self.device)
-        for batch in batches:
-            loss = self._loss(batch) / len(batches)
-            loss.backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(total)
-
 
 class HfCompiled(Hf):
     """The same through torch.compile."""
@@ -136,19 +139,10 @@ class Fsdp2(Peer):
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=self.device.type == "cuda")
         return model
 
-    def step(self, batches: List[MicroBatch], counts: Counts) -> float:
-        total = torch.zeros((), device=self.device)
-        for number, batch in enumerate(batches, 1):
-            if self.case.keep:
-                self.model.set_requires_gradient_sync(number == len(batches))
-                self.model.set_reshard_after_backward(number == len(batches))
-            loss = self._loss(batch) / len(batches)
-            loss.backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(total)
+    def _begin(self, last: bool) -> None:
+        if self.case.keep:
+            self.model.set_requires_gradient_sync(last)
+            self.model.set_reshard_after_backward(last)
 
 
 def _buffers_again(model: Any, case: Case) -> None:

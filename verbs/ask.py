@@ -4,6 +4,8 @@ import argparse
 import sys
 from typing import Any, Dict, List, Optional
 
+from . import api_key
+
 HELP = "ask a running server: one prompt, streamed or not, or a conversation (--chat)"
 
 
@@ -42,7 +44,7 @@ def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
         raise UserError("--url %s: expected http://HOST:PORT" % args.url)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     try:
-        with Client(args.url, api_key=_key(args.api_key_file), timeout=args.timeout, retries=3, say=_say) as client:
+        with Client(args.url, api_key=api_key.read(args.api_key_file), timeout=args.timeout, retries=3, say=_say) as client:
             if prompt is None:
                 from .chat import Conversation
 
@@ -109,18 +111,6 @@ def _show(args: argparse.Namespace, piece: str) -> None:
 def _say(line: str) -> None:
     """What kind of server it is: not part of the answer."""
     print(line, file=sys.stderr)
-
-
-def _key(path: Optional[str]) -> Optional[str]:
-    from pipeline_train.errors import UserError
-
-    if path is None:
-        return None
-    try:
-        with open(path, encoding="utf-8") as handle:
-            return handle.read().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("--api-key-file %s: %s" % (path, getattr(error, "strerror", None) or "not text"))
 
 
 def _hint(error: Any, chat: bool) -> str:

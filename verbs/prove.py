@@ -2,7 +2,9 @@
 
 import argparse
 import sys
-from typing import Any, Dict, Optional
+from typing import Any, Dict
+
+from . import api_key
 
 HELP = "prove a live server: token ids as trained, log-probabilities as transformers', stops where it should"
 
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         raise UserError("--url %s: expected http://HOST:PORT" % args.url)
     options = Options(
         records=args.records, new_tokens=args.new_tokens, tolerance=args.tolerance, dtype=args.dtype,
-        prompt_logprobs=not args.no_prompt_logprobs, weights=not args.no_weights, api_key=_key(args.api_key_file),
+        prompt_logprobs=not args.no_prompt_logprobs, weights=not args.no_weights, api_key=api_key.read(args.api_key_file),
         timeout=args.timeout, output=args.output,
     )  # fmt: skip
     try:
@@ -82,15 +84,3 @@ def _figures(check: Dict[str, Any]) -> str:
 
 def _say(line: str) -> None:
     sys.stderr.write(line + "\n")
-
-
-def _key(path: Optional[str]) -> Optional[str]:
-    from pipeline_train.errors import UserError
-
-    if path is None:
-        return None
-    try:
-        with open(path, encoding="utf-8") as handle:
-            return handle.read().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("--api-key-file %s: %s" % (path, getattr(error, "strerror", None) or "not text"))

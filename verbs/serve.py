@@ -7,6 +7,8 @@ import sys
 import threading
 from typing import Any, Dict, Optional
 
+from . import api_key
+
 HELP = "serve a model folder over HTTP (text-generation-inference's contract); --detach, --status, --logs, --stop"
 
 ENGINE = "embedded: in a process of this machine, CPU or one GPU; tgi, vllm: in a container, by Docker"
@@ -92,7 +94,7 @@ def _settings(args: argparse.Namespace) -> Any:
     from serve.settings import Settings
 
     return Settings(
-        args.model, args.engine, args.port, args.host, _key(args.api_key_file) if args.api_key_file else None,
+        args.model, args.engine, args.port, args.host, api_key.read(args.api_key_file),
         dtype=DTYPES.get(args.dtype, args.dtype), max_input_tokens=args.max_input_tokens, max_total_tokens=args.max_total_tokens,
         max_concurrent_requests=args.max_concurrent_requests, cors_allow_origin=args.cors_allow_origin, version=args.version,
         image=args.image, shards=args.num_shard, gpu=args.gpu, driver=args.driver, shm_size=args.shm_size,
@@ -206,19 +208,6 @@ def _stop(port: int) -> Dict[str, Any]:
     document = known.document()
     known.stop()
     return {"stopped": True, **{name: document[name] for name in document if name not in ("try", "url", "log")}}
-
-
-def _key(path: str) -> str:
-    from pipeline_train.errors import UserError
-
-    try:
-        with open(path, encoding="utf-8") as handle:
-            key = handle.read().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("--api-key-file %s: %s" % (path, getattr(error, "strerror", None) or "not text"))
-    if not key or len(key.split()) != 1:
-        raise UserError("--api-key-file %s: expected one word" % path)
-    return key
 
 
 class Progress:
