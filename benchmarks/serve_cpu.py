@@ -30,7 +30,8 @@ from typing import Any, Callable, Dict, List
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.serving import Server, tiny_model  # noqa: E402
+from bench.servers import Server  # noqa: E402
+from benchmarks.serving import tiny_model  # noqa: E402
 
 PEER = """
 import sys

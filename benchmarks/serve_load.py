@@ -33,7 +33,8 @@ from typing import Any, Callable, Coroutine, Dict, List, Tuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.serving import Server, tiny_model  # noqa: E402
+from bench.servers import Server  # noqa: E402
+from benchmarks.serving import tiny_model  # noqa: E402
 from serve.client import AsyncClient, ClientError  # noqa: E402
 
 MESSAGES = [{"role": "user", "content": "hello"}]

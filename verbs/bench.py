@@ -3,7 +3,7 @@
 import argparse
 from typing import Any, Dict, List, Tuple
 
-HELP = "measure on this machine, with peers side by side: train, convert"
+HELP = "measure on this machine, with peers side by side: train, serve, convert"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--blocks", type=int, metavar="N")
     convert.add_argument("--dir", metavar="DIR", help="where to work: four times the model's size (default: the temporary folder)")
     convert.add_argument("--verify", action="store_true", help="also the proof, layer by layer")
-    for one in (train, convert):
+    serve = what.add_parser("serve", help="the embedded server with few streams and many, beside transformers' generate")
+    serve.add_argument("--model", default="llama-tiny", metavar="NAME", help="a model folder, or as for train with random weights")
+    serve.add_argument("--blocks", type=int, metavar="N")
+    serve.add_argument("--streams", default="1,16", metavar="LIST", help="default 1,16")
+    serve.add_argument("--new-tokens", type=int, default=128, metavar="N", help="of the longest answer; default 128")
+    serve.add_argument("--seconds", type=float, default=10.0, metavar="S", help="for each number of streams; default 10")
+    serve.add_argument("--dtype", metavar="D", help="of the server: float32, bfloat16, float16 (default: its own choice)")
+    serve.add_argument("--peers", action="store_true", help="also generate: one prompt at a time, and static batches")
+    for one in (train, serve, convert):
         one.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
@@ -42,7 +50,33 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         from bench.shapes import model_of
 
         return {"what": "convert", "rows": convert(model_of(args.model, args.blocks), args.dir, args.verify, _say)}
-    return _train(args)
+    return _serve(args) if args.what == "serve" else _train(args)
+
+
+def _serve(args: argparse.Namespace) -> Dict[str, Any]:
+    import tempfile
+    from pathlib import Path
+
+    from bench.serve import bench
+    from bench.servers import random_model
+    from bench.shapes import SHAPES, model_of
+    from pipeline_train.errors import UserError
+
+    try:
+        streams = [int(word) for word in args.streams.split(",")]
+    except ValueError:
+        streams = []
+    if not streams or min(streams) < 1:
+        raise UserError("--streams %s: expected numbers of streams, such as 1,16" % args.streams)
+    if args.new_tokens < 1 or not args.seconds > 0:
+        raise UserError("--new-tokens, --seconds: must be more than 0")
+    flags = ["--max-concurrent-requests", str(max(128, 2 * max(streams)))] + (["--dtype", args.dtype] if args.dtype else [])
+    with tempfile.TemporaryDirectory(prefix="bench-serve-") as scratch:
+        folder = Path(args.model)
+        if args.model in SHAPES or not folder.is_dir():
+            folder = Path(scratch) / "model"
+            random_model(folder, model_of(args.model, args.blocks))
+        return {"what": "serve", "rows": bench(folder, streams, args.new_tokens, args.seconds, args.peers, _say, flags)}
 
 
 def _train(args: argparse.Namespace) -> Dict[str, Any]:
@@ -88,7 +122,8 @@ def _say(line: str) -> None:
 
 def text(document: Dict[str, Any]) -> str:
     rows = document["rows"]
-    return table(*_train_table(rows)) if document["what"] == "train" else table(*_convert_table(rows))
+    tables = {"train": _train_table, "serve": _serve_table, "convert": _convert_table}
+    return table(*tables[document["what"]](rows))
 
 
 def _train_table(rows: List[Dict[str, Any]]) -> Tuple[List[str], List[List[str]]]:
@@ -102,6 +137,15 @@ def _train_table(rows: List[Dict[str, Any]]) -> Tuple[List[str], List[List[str]]
         rates = ["%.0f" % row[key] for key in ("tokens_per_s", "learnt_tokens_per_s", "positions_per_s")]
         body.append([row["engine"], str(row["micro"]), *rates, mfu, "%.2f" % max(row["gib"]), "%.3f" % row["step_s"],
                      "%.2f x" % row["ratio"]])  # fmt: skip
+    return head, body
+
+
+def _serve_table(rows: List[Dict[str, Any]]) -> Tuple[List[str], List[List[str]]]:
+    head, body = ["what", "streams", "tokens/s", "first token s", "of generate's one"], []
+    for row in rows:
+        first, ratio = row["first_token_s"], row.get("ratio")
+        body.append([row["what"], str(row["streams"]), "%.1f" % row["tokens_per_s"], "-" if first is None else "%.3f" % first,
+                     "-" if ratio is None else "%.2f x" % ratio])  # fmt: skip
     return head, body
 
 

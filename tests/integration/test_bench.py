@@ -73,3 +73,10 @@ def test_conversion_beside_cp(tmp_path):
     assert [row["what"] for row in rows] == ["cp", "from-hf", "to-hf", "cp"]
     assert max(row["of_cp"] for row in rows if row["what"] == "cp") == 1.0 and all(row["seconds"] > 0 for row in rows)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_embedded_server_beside_generate():
+    rows = run("serve", "--streams", "1,3", "--new-tokens", "8", "--seconds", "1", "--peers")["rows"]
+    assert [(row["what"], row["streams"]) for row in rows] == [("embedded", 1), ("embedded", 3), ("generate", 1), ("generate", 3)]
+    assert all(row["tokens_per_s"] > 0 for row in rows) and rows[2]["ratio"] == 1.0
+    assert all(0 < row["first_token_s"] < 30 for row in rows[:2])

@@ -159,3 +159,36 @@ def test_a_folder_that_cannot_be_worked_in():
     with pytest.raises(UserError) as error:
         convert.bench(shapes.SHAPES["llama-tiny"], "/nowhere/at/all", False, print)
     assert str(error.value) == "--dir /nowhere/at/all: No such file or directory"
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--streams", "1,x"], "--streams 1,x: expected numbers of streams, such as 1,16"),
+    (["--streams", "0"], "--streams 0: expected numbers of streams, such as 1,16"),
+    (["--new-tokens", "0"], "--new-tokens, --seconds: must be more than 0"),
+    (["--model", "llama-7"], "--model llama-7: did you mean llama-7b?"),
+])  # fmt: skip
+def test_a_server_that_cannot_be_measured(options, message, capfd):
+    from pipedock import main
+
+    assert main(["bench", "serve", *options]) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == "pipedock bench: " + message
+
+
+def test_a_folder_that_is_no_model(tmp_path, capfd):
+    from pipedock import main
+
+    assert main(["bench", "serve", "--model", str(tmp_path)]) == 2
+    assert "--model %s: no config.json; expected a model folder" % tmp_path in capfd.readouterr().err
+
+
+def test_the_table_of_servers():
+    rows = [{"what": "embedded", "streams": 16, "tokens_per_s": 50.0, "first_token_s": 0.125, "ratio": 5.0},
+            {"what": "generate", "streams": 1, "tokens_per_s": 10.0, "first_token_s": None}]  # fmt: skip
+    lines = verb.text({"what": "serve", "rows": rows}).splitlines()
+    assert lines[1].split() == ["embedded", "16", "50.0", "0.125", "5.00", "x"] and lines[2].split() == [
+        "generate",
+        "1",
+        "10.0",
+        "-",
+        "-",
+    ]
