@@ -96,6 +96,9 @@ def beyond(rows: List[Row], tolerance: float, narrow: str) -> List[str]:
 
 
 def _first(row: Row, relative: float, whom: str, tolerance: float) -> str:
+    if relative != relative:
+        return "layer %d (%s) is the first whose values are not numbers: the weights hold NaN or infinity, or lead there" % (
+            row["layer"], row["what"])  # fmt: skip
     return "layer %d (%s) is the first that differs from %s: %.3g of its largest value, over the tolerance of %g" % (
         row["layer"], row["what"], whom, relative, tolerance,
     )  # fmt: skip

@@ -34,7 +34,11 @@ def begin(output: str, needed: int, overwrite: bool = False) -> Path:
         _claim(partial, output)
         if _old_of(final).exists() and not os.path.lexists(str(final)):  # killed between the two names of _replace
             os.replace(str(_old_of(final)), str(final))
+            check_free(output, overwrite)
         free = shutil.disk_usage(str(partial)).free
+    except UserError:
+        abandon(output)
+        raise
     except OSError as error:
         raise UserError("%s: cannot be made: %s: %s" % (output, error.filename or partial, error.strerror or error)) from None
     if free < needed:

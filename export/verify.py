@@ -43,8 +43,8 @@ def verify(
     "holds": false) when it does not hold.
     """
     start = time.perf_counter()
-    if not 0 < tolerance < 1:
-        raise UserError("--tolerance %s: expected a number between 0 and 1, such as 1e-5" % tolerance)
+    if not 0 < tolerance <= 0.01:
+        raise UserError("--tolerance %s: expected a number up to 0.01, such as 1e-5: more proves nothing" % tolerance)
     folder, source = _open(checkpoint, export)
     proof: Dict[str, Any] = {
         "format": "pipedock-proof/1",

@@ -98,8 +98,9 @@ def test_tolerance_is_applied_and_checked(pair):
     checkpoint, export = pair()
     found, _ = failing(checkpoint, export, tolerance=1e-12)
     assert "is the first that differs from transformers" in found
-    with pytest.raises(UserError, match="--tolerance 0: expected a number between 0 and 1"):
-        verify(str(checkpoint), str(export), tolerance=0)
+    for tolerance in (0, 0.9):
+        with pytest.raises(UserError, match="--tolerance %s: expected a number up to 0.01" % tolerance):
+            verify(str(checkpoint), str(export), tolerance=tolerance)
 
 
 def test_what_the_user_can_get_wrong(pair, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from export import aside, sidecars
 from export.to_hf import to_hf
@@ -206,3 +207,26 @@ def test_an_index_with_names_that_cannot_be(tmp_path, model, name, capfd):
     found = capfd.readouterr()
     assert found.err.count("\n") == 1 and len(found.err) < 600
     assert json.loads(found.out)["error"]
+
+
+def test_an_export_that_a_kill_has_left_under_another_name_is_not_lost(tmp_path, model):
+    """Between the two renames of --overwrite."""
+    output = tmp_path / "out"
+    to_hf(str(model), str(output))
+    (output / "mine").touch()
+    output.rename(tmp_path / ".out.old")
+    with pytest.raises(UserError) as error:
+        to_hf(str(model), str(output))
+    assert str(error.value) == "%s: exists and is not empty; name another --output or remove it" % output
+    assert (output / "mine").exists() and sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_weights_that_are_not_numbers_are_called_so(tmp_path, model):
+    path = model / "model.safetensors"
+    state = load_file(str(path))
+    state["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(state, str(path), {"format": "pt"})
+    to_hf(str(model), str(tmp_path / "out"))
+    with pytest.raises(RunFailed) as error:
+        verify(str(model), str(tmp_path / "out"))
+    assert "layer 2 (block) is the first whose values are not numbers: the weights hold NaN or infinity" in str(error.value)
