@@ -48,4 +48,4 @@ OTHERS=()
 for name in serve_ limits check_verb prove ask_chat client_ bench report_browser train_crash; do
   OTHERS+=("--ignore-glob=*/test_$name*")
 done
-exec "$PINNED/bin/python" -m pytest -p no:cacheprovider "${OTHERS[@]}" tests/unit tests/parity tests/roundtrip tests/integration "$@"
+exec "$PINNED/bin/python" -m pytest -p no:cacheprovider --durations=15 "${OTHERS[@]}" tests/unit tests/parity tests/roundtrip tests/integration "$@"
