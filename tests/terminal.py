@@ -26,6 +26,9 @@ class Ended:
         self.cursor = not screen.cursor.hidden
 
 
+SIGNALS = (b"\x03", b"\x04")
+
+
 def run(command, columns=100, rows=30, interrupt_at=None, typed=(), timeout=60, **env):
     """Run it to its end; Ctrl-C is typed when ``interrupt_at`` (bytes) has been written. ``typed``: pairs of bytes, the second is
     typed when the first has been written behind the one before."""
@@ -52,6 +55,8 @@ def run(command, columns=100, rows=30, interrupt_at=None, typed=(), timeout=60, 
             while todo and todo[0][0] in written[seen:]:
                 marker, keys = todo.pop(0)
                 seen = written.index(marker, seen) + len(marker)
+                if keys in SIGNALS and typed:
+                    time.sleep(0.5)  # a person's: Python's readline sees a signal only while it waits for a key
                 os.write(ours, keys)
         return Ended(process.wait(max(1.0, deadline - time.monotonic())), written, columns, rows)
     finally:

@@ -70,7 +70,7 @@ def test_a_conversation_with_its_history():
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation():
     endless = (200, answer(*["word "] * 400), 0.05)
     with plays(endless, answer("fine")) as stub:
-        ended = talk(stub, (READY, b"tell\r"), (b"word word ", b"\x03"), (READY, b"thanks\r"), (DONE, b"\x04"))
+        ended = talk(stub, (READY, b"tell\r"), (b"word word ", b"\x03"), (READY, b"thanks\r"), (DONE, b""), (READY, b"\x04"))
         first, second = asked(stub)
         assert first == ["user: tell"] and second[0] == "user: tell" and second[2] == "user: thanks"
         assert second[1].startswith("assistant: word word ") and len(second[1]) < 200
