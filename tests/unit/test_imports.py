@@ -38,6 +38,7 @@ LIBRARIES = {  # library -> where it may be imported
         "pipeline_train/random_model.py",
         "bench/peers.py",
         "bench/ancestor.py",
+        "bench/servers.py",
         "export/",
         "serve/embedded/",
         "serve/ds_generate.py",
