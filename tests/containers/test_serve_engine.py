@@ -19,8 +19,8 @@ pytestmark = needs_engine
 
 TGI = "ghcr.io/huggingface/text-generation-inference:"
 ACTOR, AS_VLLM = "pipedock-test-actor:1", "pipedock-test-vllm:1"
-# Does what act.sh in the model's folder says.
-ACT = 'FROM pipedock-serve:cpu\nENTRYPOINT ["sh", "-c", ". $PIPEDOCK_MOUNT/act.sh"]\n'
+# Does what .act.sh in the model's folder says.
+ACT = 'FROM pipedock-serve:cpu\nENTRYPOINT ["sh", "-c", ". $PIPEDOCK_MOUNT/.act.sh"]\n'
 # Takes vLLM's way of naming the model, and serves it with ours.
 TRANSLATE = 'FROM pipedock-serve:cpu\nENTRYPOINT ["sh", "-c", "exec python -m serve.embedded --hostname 0.0.0.0 --model-id $0"]\n'
 
@@ -171,7 +171,7 @@ def test_an_engine_that_has_no_gpus_to_give(serve, tmp_path):
 
 
 CANNOT = "echo Error: ShardCannotStart; exit 1"
-ACTS = {  # what act.sh does -> what is said of it
+ACTS = {  # what .act.sh does -> what is said of it
     "kill -9 $$": "the server ended before it was ready: it was killed (code 137), most likely for memory",
     "echo torch.cuda.OutOfMemoryError: CUDA out of memory.; "
     + CANNOT: "the GPU's memory is too small (torch.cuda.OutOfMemoryError",
@@ -185,8 +185,8 @@ ACTS = {  # what act.sh does -> what is said of it
 
 @pytest.mark.parametrize("act", ACTS)
 def test_a_server_that_ends_while_it_is_loading(serve, model, act, request):
-    (model / "act.sh").write_text("echo began\n%s\n" % act)
-    request.addfinalizer((model / "act.sh").unlink)
+    (model / ".act.sh").write_text("echo began\n%s\n" % act)
+    request.addfinalizer((model / ".act.sh").unlink)
     said = serve.refuses(1, "--engine", "tgi", "--image", ACTOR)
     assert ACTS[act] in said and "\nbegan\n" in said, said
     assert "began" in serve("--logs").stdout
