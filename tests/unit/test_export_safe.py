@@ -18,7 +18,7 @@ from pipedock import main
 from pipeline_train import proof
 from pipeline_train.errors import RunFailed, UserError
 from pipeline_train.weights import open_source
-from tests.models import make_hf, tiny_config
+from tests.models import make_hf, tiny_config, with_code
 from tests.tokenizers import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,33 +98,12 @@ def test_an_export_does_not_go_into_what_it_is_made_of(tmp_path, export, place, 
     assert what % export in str(error.value) and proof.objection(export) is None
 
 
-def evil(folder, tmp_path):
-    (folder / "custom_generate").mkdir()
-    (folder / "custom_generate" / "generate.py").write_text("open(%r, 'w')\ndef generate(): pass\n" % str(tmp_path / "ran"))
-    return str(folder / "custom_generate" / "generate.py")
-
-
 def test_code_in_a_folder_does_not_run_in_the_proof(tmp_path, model, export):
-    path = evil(export, tmp_path)
+    path = with_code(export, tmp_path / "ran")
     assert str(proof.objection(export)).startswith("%s: was added since it was proved" % path)
     with pytest.raises(RunFailed) as error:
         verify(str(model), str(export))
     assert "is code that transformers would run; an export has none, remove it" in str(error.value)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_code_in_a_folder_does_not_run_in_a_server_or_its_proof(tmp_path, model):
-    from serve.embedded import engine
-    from serve.prove.reference import Reference
-
-    path = evil(model, tmp_path)
-    with pytest.raises(UserError) as error:
-        engine._load(str(model), None, torch.device("cpu"), None, False)
-    wanted = "%s: is code that transformers would run; read it, then remove it or give --trust-remote-code" % path
-    assert str(error.value) == wanted
-    with pytest.raises(UserError) as error:
-        Reference(str(model), "float32")
-    assert str(error.value) == "--model %s: %s is code that transformers would run; read it, then remove it" % (model, path)
     assert not (tmp_path / "ran").exists()
 
 
