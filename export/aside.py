@@ -14,20 +14,20 @@ from pipeline_train.proof import EXPORT
 
 
 @contextlib.contextmanager
-def output_folder(output: str, needed: int, overwrite: bool = False) -> Iterator[Path]:
+def output_folder(output: str, needed: int, overwrite: bool = False, apart_from: Iterable[str] = ()) -> Iterator[Path]:
     """Yield an empty folder that becomes ``output`` at the end; an error leaves nothing behind.
 
     ``needed``: bytes that will be written, checked against the free space. Raises UserError when ``output`` is there and not
     empty (``overwrite`` replaces an export of ours) or cannot be made, RunFailed when writing fails.
     """
-    begin(output, needed, overwrite)
+    begin(output, needed, overwrite, apart_from)
     with published(output) as partial:
         yield partial
 
 
-def begin(output: str, needed: int, overwrite: bool = False) -> Path:
-    """Make the empty folder that ``published`` takes. Raises UserError, see ``output_folder``."""
-    check_free(output, overwrite)
+def begin(output: str, needed: int, overwrite: bool = False, apart_from: Iterable[str] = ()) -> Path:
+    """Make the empty folder that ``published`` takes. Raises UserError, see ``output_folder`` and ``check_free``."""
+    check_free(output, overwrite, apart_from)
     partial, final = partial_of(output), _final(output)
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -35,15 +35,12 @@ def begin(output: str, needed: int, overwrite: bool = False) -> Path:
         if _old_of(final).exists() and not os.path.lexists(str(final)):  # killed between the two names of _replace
             os.replace(str(_old_of(final)), str(final))
             check_free(output, overwrite)
-        free = shutil.disk_usage(str(partial)).free
-    except UserError:
+        check_room(output, needed)
+    except (UserError, OSError) as error:
         abandon(output)
-        raise
-    except OSError as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError("%s: cannot be made: %s: %s" % (output, error.filename or partial, error.strerror or error)) from None
-    if free < needed:
-        abandon(output)
-        raise UserError("%s: needs %s, only %s are free there" % (output, _size(needed), _size(free)))
     return partial
 
 
@@ -145,7 +142,7 @@ def check_free(output: str, overwrite: bool = False, apart_from: Iterable[str] =
     if not os.path.lexists(str(final)):
         return
     if not final.is_dir():
-        raise UserError("%s: exists and is not a folder; name another --output" % output)
+        raise UserError("%s: exists and is not a folder; name another one" % output)
     try:
         empty = not any(final.iterdir())
     except OSError as error:
@@ -153,7 +150,7 @@ def check_free(output: str, overwrite: bool = False, apart_from: Iterable[str] =
     if empty:
         return
     if not overwrite:
-        raise UserError("%s: exists and is not empty; name another --output or remove it" % output)
+        raise UserError("%s: exists and is not empty; name another folder or remove it" % output)
     if not (final / EXPORT).is_file():
         raise UserError("%s: is not an export of pipedock (no %s), so --overwrite leaves it alone" % (output, EXPORT))
 
@@ -165,7 +162,7 @@ def check_room(output: str, needed: int) -> None:
         folder = folder.parent
     free = shutil.disk_usage(str(folder)).free
     if free < needed:
-        raise UserError("%s: the export needs %s, only %s are free there; make room, or name a folder of another disk"
+        raise UserError("%s: needs %s, only %s are free there; make room, or name a folder of another disk"
                         % (output, _size(needed), _size(free)))  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from pipeline_train.weights.files import WIDTHS
 from pipeline_train.weights.writing import Item, TensorFile
 
 from . import sidecars
-from .aside import check_free, output_folder
+from .aside import output_folder
 from .measure import Meter, Progress
 from .threads import in_turn
 
@@ -28,14 +28,13 @@ def from_hf(input: str, output: str, progress: Optional[Progress] = None) -> Dic
     source = open_source(input)
     if source.kind != "hf":
         raise UserError("%s: holds layer files already (%s); use it as it is" % (input, source.kind))
-    check_free(output, apart_from=[str(source.folder)])
     source.check()
     source.check_tied()
     layers = [layer_items(source, layer) for layer in range(source.dims.layers)]
     meter = Meter(sum(item.nbytes for items in layers for item in items), progress)
     dtype, mixed = main_dtype([item for items in layers for item in items])
     files: Dict[str, Any] = {}
-    with output_folder(output, meter.total) as folder:
+    with output_folder(output, meter.total, apart_from=[str(source.folder)]) as folder:
 
         def one(layer: int) -> Dict[str, Any]:
             path = folder / manifest.layer_file(layer)

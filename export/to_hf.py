@@ -46,7 +46,6 @@ def to_hf(
         raise UserError("--dtype %s: not one of those there are: %s" % (dtype, ", ".join(DTYPES)))
     limit = parse_size(shard_size)
     source = open_source(input)
-    aside.check_free(output, overwrite, apart_from=[str(source.folder)])
     source.check()
     targets.check(wanted, source.dims)
     if source.manifest is None:
@@ -56,7 +55,7 @@ def to_hf(
     shards = plan(items, limit)
     meter = Meter(sum(item.nbytes for item in items), progress)
     about = about_of(source, wanted, items)
-    with aside.output_folder(output, meter.total, overwrite) as folder, _checked(source, wanted) as check:
+    with aside.output_folder(output, meter.total, overwrite, [str(source.folder)]) as folder, _checked(source, wanted) as check:
         _write(folder, shards, source, meter, check)
         if targets.needs_bins(wanted, source.family):
             for name, shard in bins.plan(shards):

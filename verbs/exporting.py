@@ -11,13 +11,10 @@ def check_before(config: Any, resume: bool) -> None:
     if config.export is None:
         return
     from export.aside import check_free
-    from pipeline_train.errors import UserError
 
     inputs = [path for path in (config.run.out, config.model.path, config.data.train, config.data.eval) if path is not None]
-    try:
+    with _named():
         check_free(config.export.dir, overwrite=resume, apart_from=inputs)
-    except UserError as error:
-        raise UserError("export.dir: %s" % str(error).replace("another --output", "another folder")) from None
 
 
 def check_model(section: Any, dims: Any, dtype: str, room: bool) -> None:
@@ -26,16 +23,24 @@ def check_model(section: Any, dims: Any, dtype: str, room: bool) -> None:
         return
     from export.aside import check_room
     from export.targets import check_run
-    from pipeline_train.errors import UserError
     from pipeline_train.families import FAMILIES
 
     check_run(section.target, dims)
     if room:
         numbers = sum(FAMILIES[dims.family].layer_params(dims, layer) for layer in range(dims.layers))
-        try:
+        with _named():
             check_room(section.dir, numbers * (4 if dtype == "fp32" else 2))
-        except UserError as error:
-            raise UserError("export.dir: %s" % error) from None
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """A UserError says which key it is about."""
+    from pipeline_train.errors import UserError
+
+    try:
+        yield
+    except UserError as error:
+        raise UserError("export.dir: %s" % error) from None
 
 
 def by_ranks(section: Any) -> Optional[str]:

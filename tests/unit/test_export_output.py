@@ -121,9 +121,9 @@ def test_outputs_that_are_refused(tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.tex").write_text("years of work")
-    assert enter(full) == "%s: exists and is not empty; name another --output or remove it" % full
+    assert enter(full) == "%s: exists and is not empty; name another folder or remove it" % full
     assert "is not an export of pipedock (no pipedock-export.json), so --overwrite leaves it alone" in enter(full, overwrite=True)
-    assert "exists and is not a folder; name another --output" in enter(full / "thesis.tex")
+    assert "exists and is not a folder; name another one" in enter(full / "thesis.tex")
     assert "x: cannot be made: %s is not a folder" % (full / "thesis.tex") in enter(full / "thesis.tex" / "x")
     assert "needs 1048576.00 GiB, only " in enter(tmp_path / "new", needed=2**50)
     for name in (tmp_path / ("x" * 300), tmp_path / ("x" * 250), tmp_path / ("x" * 300) / "y"):
@@ -293,7 +293,7 @@ def test_the_export_of_a_training_has_room_before_it_begins(tmp_path, monkeypatc
         monkeypatch.setattr(aside.shutil, "disk_usage", lambda path, free=numbers * width - 1: SimpleNamespace(free=free))
         with pytest.raises(UserError) as error:
             exporting.check_model(section, dims, dtype, True)
-        assert str(error.value).startswith("export.dir: %s: the export needs " % section.dir)
+        assert str(error.value).startswith("export.dir: %s: needs " % section.dir)
         assert str(error.value).endswith(" are free there; make room, or name a folder of another disk")
         exporting.check_model(section, dims, dtype, False)  # another node, which writes none of it
     monkeypatch.setattr(aside.shutil, "disk_usage", lambda path: SimpleNamespace(free=numbers * 4))

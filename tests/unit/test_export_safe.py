@@ -196,7 +196,7 @@ def test_an_export_that_a_kill_has_left_under_another_name_is_not_lost(tmp_path,
     output.rename(tmp_path / ".out.old")
     with pytest.raises(UserError) as error:
         to_hf(str(model), str(output))
-    assert str(error.value) == "%s: exists and is not empty; name another --output or remove it" % output
+    assert str(error.value) == "%s: exists and is not empty; name another folder or remove it" % output
     assert (output / "mine").exists() and sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
