@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Set
 
-from pipeline_train import proof
 from pipeline_train.data.template import TemplateRefused, render
 from pipeline_train.weights import Source
 
@@ -14,12 +13,15 @@ from . import sidecars
 from .prompts import TEXTS, load_tokenizer
 
 SAME_BYTES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
+# What some loader would take for the weights, or lay over them
+WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "adapter_config.json")
 CHAT = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}, {"role": "user", "content": "你好"}]
 
 
 def strays(target: Source, more: Set[str]) -> List[str]:
     """Weight files that are no part of the export; ``more`` are, besides those that are read."""
-    found = sorted(proof.weight_files(target.folder) - target.files() - more)
+    likely = {path.name for pattern in WEIGHTS for path in target.folder.glob(pattern)}
+    found = sorted(likely - target.files() - more)
     return ["%s: is no part of the export, and another loader could take it for the weights; remove it" % name for name in found]
 
 

@@ -7,24 +7,17 @@ proof.json              written by ``pipedock verify``: whether it holds, and si
 
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Set
+from typing import Any, Callable, Dict, List, Optional
 
-from . import manifest
+from . import manifest, safetensors_header
 
 NAME = "proof.json"
 EXPORT = "pipedock-export.json"
 MARK = {"pipedock": "export"}  # in the "__metadata__" of a safetensors header
-# What some loader would take for the weights, or lay over them
-WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "adapter_config.json")
 # For people, not for loaders: may change after the proof
 FOR_READERS = ("README.md", "*.png", "*.svg", ".gitattributes", ".gitignore")
 
 Say = Callable[[str], None]
-
-
-def weight_files(folder: Path) -> Set[str]:
-    """Names of all files of a folder that a loader might take for weights."""
-    return {path.name for pattern in WEIGHTS for path in folder.glob(pattern)}
 
 
 def files(folder: Path) -> Dict[str, Any]:
@@ -104,18 +97,17 @@ def _changed(folder: Path, entries: Dict[str, Any]) -> Optional[str]:
                 same = False
             if not same:
                 return "%s: changed" % path
-    hidden = {name for name in names(folder) if name.startswith(".") or "/." in name}  # what a download leaves; no loader looks
-    for name in sorted((set(names(folder)) - hidden | weight_files(folder)) - set(entries)):
-        return "%s: was added" % (folder / name)
+    for name in names(folder):
+        hidden = name.startswith(".") or "/." in name  # what a download leaves; no loader looks
+        if name not in entries and not hidden:
+            return "%s: was added" % (folder / name)
     return None
 
 
 def _marked(path: Path) -> bool:
-    """Whether the header of a safetensors file (8 bytes of length, then JSON) has the mark."""
+    """Whether the header of a safetensors file has the mark."""
     try:
-        with open(str(path), "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(size, 100_000_000)).decode("utf-8"))
+        header, _ = safetensors_header.read(path)
         return bool(MARK.items() <= header["__metadata__"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False

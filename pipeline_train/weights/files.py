@@ -13,13 +13,13 @@ from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Name
 
 import torch
 
+from .. import safetensors_header
 from ..errors import UserError
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of one element
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 PIECE = 2**22  # elements of one read where a whole tensor need not be in memory
-MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
 class Entry(NamedTuple):
@@ -167,7 +167,7 @@ def _header(file: BinaryIO, path: Path) -> Tuple[Dict[str, Any], int]:
     total = os.fstat(file.fileno()).st_size
     if head == b"version ":
         raise UserError("%s: is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`" % path)
-    if len(head) < 8 or size > MAX_HEADER:
+    if len(head) < 8 or size > safetensors_header.MOST:
         raise UserError("%s: not a safetensors file, or an empty one" % path)
     if 8 + size > total:
         raise UserError("%s: cut off: the header alone needs %d bytes, the file has %d; copy it again" % (path, 8 + size, total))

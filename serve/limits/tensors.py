@@ -1,17 +1,16 @@
 """Which tensors a file of weights holds, without loading it. Standard library only.
 
-.safetensors: the header says it (huggingface/safetensors, README "Format"). .bin: a zip with a pickle in it (torch.save since 1.6);
+.safetensors: the header says it. .bin: a zip with a pickle in it (torch.save since 1.6);
 its strings are read, nothing of it is run.
 """
 
-import json
 import os
 import pickletools
-import struct
 import zipfile
-from typing import BinaryIO, Dict, FrozenSet, List, Optional, Tuple
+from typing import Dict, FrozenSet, Optional, Tuple
 
-MAX_HEADER = 100_000_000  # the limit of the safetensors library
+from pipeline_train import safetensors_header
+
 PIECE = 4 << 20  # bytes compared at a time
 Span = Tuple[str, int, int]  # (file, first byte, end)
 
@@ -20,23 +19,12 @@ def of_safetensors(path: str) -> Optional[Dict[str, Span]]:
     """Where each tensor lies; None for a file that is not whole or cannot be read."""
     try:
         size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            header, data = _header(file, size)
+        header, data = safetensors_header.read(path)
         found = {name: (path, data + item["data_offsets"][0], data + item["data_offsets"][1])
                  for name, item in header.items() if name != "__metadata__"}  # fmt: skip
         return found if all(end <= size for _, _, end in found.values()) else None
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, struct.error):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
-
-
-def _header(file: BinaryIO, size: int) -> Tuple[Dict[str, Dict[str, List[int]]], int]:
-    (length,) = struct.unpack("<Q", file.read(8))
-    if length > min(MAX_HEADER, size):
-        raise ValueError("not a safetensors file")
-    header = json.loads(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("not a safetensors file")
-    return header, 8 + length
 
 
 def of_bin(path: str) -> Optional[FrozenSet[str]]:
