@@ -5,15 +5,15 @@ gives one engine a map of its own.
 """
 
 import time
+from collections import Counter
 from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.distributed as dist
 
 from .pulse import Pulse
-from .trace import Span
+from .trace import BUSY, Span
 
-BUSY = ("ForwardPass", "BackwardPass")  # computing; the rest of the pipelined part is waiting for other stages
 ENDS = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")  # the first of them ends the pipelined part of a step
 SAID = {
     "LoadMicroBatch": "reading a micro-batch", "ForwardPass": "forward pass", "BackwardPass": "backward pass",
@@ -99,8 +99,10 @@ class Watched:
     def end_trace(self, stage: int, replica: int) -> List[Span]:
         """What all ranks have done since, on every rank. The step's work must be done."""
         mine: List[Span] = []
+        counts: Counter = Counter()
         for name, start, seconds in self.clock.traced():
-            mine.append(Span(stage, replica, name, sum(span.name == name for span in mine), start, seconds))
+            mine.append(Span(stage, replica, name, counts[name], start, seconds))
+            counts[name] += 1
         everyone: List[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         return [Span(*span) for rank in everyone for span in rank]

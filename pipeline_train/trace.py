@@ -10,6 +10,7 @@ from typing import Any, Dict, List, NamedTuple
 
 NAME = "trace.json"
 STEP = 3  # of a start: the first ones allocate and compile
+BUSY = ("ForwardPass", "BackwardPass")  # computing; the rest of the pipelined part is waiting for other stages
 SHOWN = {"ForwardPass": "forward", "BackwardPass": "backward", "OptimizerStep": "optimizer"}
 
 

@@ -38,7 +38,7 @@ def schedule_section(out: Path) -> str:
 def words(stages: Sequence[Sequence[Span]]) -> str:
     """The pipelined part beside the least that 1F1B needs for these stages: one micro-batch through all of them, then the slowest
     stage's time for each of the others."""
-    busy = [[span for span in found if span.name in ("ForwardPass", "BackwardPass")] for found in stages]
+    busy = [[span for span in found if span.name in trace.BUSY] for found in stages]
     if not all(busy):
         return ""
     micro = sum(span.name == "ForwardPass" for span in busy[0])
