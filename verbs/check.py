@@ -66,11 +66,14 @@ def _model(model: str, config_only: bool) -> Tuple[Dict[str, Any], Any, Optional
 
 def _machine(args: argparse.Namespace) -> Tuple[Optional[str], Optional[int], Optional[str]]:
     """(card, how many, driver): as named; those of this machine where nobody named a card."""
-    from serve.limits import card_here, count_here, driver_here
+    from pipeline_train.plan.cards import cards_here
 
     if args.gpu is not None:
         return args.gpu, args.gpus, args.driver
-    return card_here(), args.gpus or count_here(), args.driver or driver_here()
+    here = cards_here()
+    if not here:
+        return None, args.gpus, args.driver
+    return here[0].card, args.gpus or len(here), args.driver or here[0].driver
 
 
 def _document(verdict: Any, driver: Optional[str]) -> Dict[str, Any]:

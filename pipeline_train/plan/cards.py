@@ -3,7 +3,7 @@
 import difflib
 import shutil
 import subprocess
-from typing import Dict, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 from ..errors import UserError
 
@@ -99,17 +99,34 @@ def from_cuda(device: str, gib: float) -> Optional[str]:
     return None
 
 
-def card_here() -> Optional[str]:
-    """The first GPU of this machine as a key of GPUS, from nvidia-smi; None when there is none, or none that is in the table."""
+class Here(NamedTuple):
+    """A GPU of this machine as nvidia-smi tells of it; ``card``: a key of GPUS, None when it is not in the table."""
+
+    number: str  # as CUDA_VISIBLE_DEVICES counts
+    uuid: str
+    card: Optional[str]
+    driver: str
+
+
+def cards_here() -> List[Here]:
+    """All of them, in nvidia-smi's order; [] when there is none, or the driver does not answer."""
     if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        return []
+    command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    name, _, mib = (done.stdout.splitlines() or [""])[0].rpartition(",")
-    return from_cuda(name, float(mib) / 1024) if done.returncode == 0 and mib.strip().isdigit() else None
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    return [
+        Here(number, uuid, from_cuda(name, float(mib) / 1024) if mib.isdigit() else None, driver)
+        for number, uuid, name, mib, driver in (row for row in rows if len(row) == 5)
+    ]
+
+
+def card_here() -> Optional[str]:
+    """The first GPU of this machine as a key of GPUS; None when there is none, or none that is in the table."""
+    return next((here.card for here in cards_here()), None)
 
 
 def peak_flops(device: str) -> float:

@@ -8,11 +8,8 @@ Lowest first: ``question`` (asked and answered), ``engines`` (versions, images),
 follows from it); then the rules, ``shapes``, ``files``, ``room``, and ``judge``, which applies them all.
 """
 
-from pipeline_train.plan.cards import card_here
-
 from .folder import look
-from .gpus import count_here, driver_here
 from .judge import judge
 from .question import Files, Question, Verdict
 
-__all__ = ["Files", "Question", "Verdict", "card_here", "count_here", "driver_here", "judge", "look"]
+__all__ = ["Files", "Question", "Verdict", "judge", "look"]

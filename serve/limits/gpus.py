@@ -5,8 +5,6 @@ compatibility": every release of one CUDA major version runs on the driver of it
 """
 
 import re
-import shutil
-import subprocess
 from typing import List, NamedTuple, Optional, Tuple
 
 from pipeline_train.errors import UserError
@@ -109,25 +107,3 @@ def _numbers(driver: str) -> Tuple[int, ...]:
     if not re.fullmatch(r"\d+(\.\d+)*", driver.strip()):
         raise UserError("--driver %s: expected a version such as 515.65.01 (nvidia-smi prints it)" % driver)
     return tuple(int(part) for part in driver.strip().split("."))
-
-
-def driver_here() -> Optional[str]:
-    """This machine's NVIDIA driver, None when there is none or it does not answer."""
-    return next(iter(_asked("driver_version")), None)
-
-
-def count_here() -> Optional[int]:
-    """How many GPUs this machine has, None when there is none or the driver does not answer."""
-    return len(_asked("driver_version")) or None
-
-
-def _asked(what: str) -> List[str]:
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", "--query-gpu=" + what, "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    return [line for line in lines if re.fullmatch(r"[\d.]+", line)] if done.returncode == 0 else []

@@ -1,12 +1,10 @@
 """``serve.limits``: cards, drivers, dtypes, kernels (section 4.4 of the contract, NVIDIA's compatibility, vLLM's platforms)."""
 
-import subprocess
-
 import pytest
 
 from pipeline_train.errors import UserError
 from pipeline_train.plan.cards import GPUS
-from serve.limits import count_here, driver_here, gpus
+from serve.limits import gpus
 from tests.limits import BLOOM_7B, LLAMA_7B, accepted, ask, bloom, llama, note, refused
 from tests.real_configs import BLOOM_560M, LLAMA_31
 
@@ -119,33 +117,6 @@ def test_a_driver_that_is_no_version(driver):
         return
     with pytest.raises(UserError, match="--driver .*expected a version such as 515.65.01"):
         ask(LLAMA_7B, "tgi", "0.8", 1, "t4", driver=driver)
-
-
-def fake_smi(monkeypatch, folder, script):
-    """A nvidia-smi in PATH that does this."""
-    (folder / "nvidia-smi").write_text("#!/bin/sh\n" + script)
-    (folder / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder) + ":/bin:/usr/bin")
-
-
-def test_this_machines_driver_and_number_of_gpus(monkeypatch, tmp_path):
-    fake_smi(monkeypatch, tmp_path, 'test "$1" = --query-gpu=driver_version && printf "515.65.01\\n515.65.01\\n"\n')
-    assert (driver_here(), count_here()) == ("515.65.01", 2)
-    for silent in ("echo 'NVIDIA-SMI has failed'; exit 9", "echo 'No devices were found'", "exit 0"):
-        fake_smi(monkeypatch, tmp_path, silent)
-        assert (driver_here(), count_here()) == (None, None)
-    monkeypatch.setenv("PATH", "/nonexistent")
-    assert (driver_here(), count_here()) == (None, None)
-
-
-def test_an_nvidia_smi_that_hangs(monkeypatch, tmp_path):
-    fake_smi(monkeypatch, tmp_path, "exit 0")
-
-    def hangs(*args, **more):
-        raise subprocess.TimeoutExpired("nvidia-smi", more["timeout"])
-
-    monkeypatch.setattr(gpus.subprocess, "run", hangs)
-    assert driver_here() is None
 
 
 # Dtypes --------------------------------------------------------------------------------------------------------------------
