@@ -23,9 +23,7 @@ def seen(environment: Mapping[str, str] = os.environ) -> Gpus:
     picked = environment.get("CUDA_VISIBLE_DEVICES")
     if picked is not None:
         wanted = [part.strip() for part in picked.split(",") if part.strip()]
-        rows = [
-            row for want in wanted for row in rows if want == row.index or (want.startswith("GPU-") and row.uuid.startswith(want))
-        ]
+        rows = [row for want in wanted for row in rows if _named(row, want)]
     if not rows:
         return Gpus([], False, None, None)
     return Gpus([row.number for row in rows], picked is not None, rows[0].card, rows[0].driver)
