@@ -9,12 +9,12 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from pipeline_train.errors import UserError
 
+from ..limits.room import OLD_BATCH, OLD_INPUT, OLD_TOTAL, PREFILL
 from ..settings import Settings
 
 PORT = 80
 HALF = ("float16", "bfloat16")
-PREFILL = 4096  # TGI's own size of a prefill where it cannot work out a better one
-OLD_INPUT, OLD_TOTAL, OLD_BATCH = 1000, 1512, 32000  # 0.8's defaults: longest prompt, prompt and answer, tokens of a batch
+BLOOM_PREFILL = "--max-batch-prefill-tokens"
 
 
 def version_of(text: str) -> Tuple[int, ...]:
@@ -33,6 +33,8 @@ def argv(
     else:
         flags = _tgi(settings, version_of(version), model_id, config)
     own, needs, last = _groups(flags), _groups(needed), _groups(settings.flags)
+    if BLOOM_PREFILL in needs:  # the judge knows the card
+        own.pop(BLOOM_PREFILL, None)
     kept = [own[name] for name in own if name not in last] + [needs[name] for name in needs if name not in {**own, **last}]
     return [part for group in kept + list(last.values()) for part in group]
 
@@ -99,7 +101,7 @@ def _tgi_tokens(longest: Optional[int], total: Optional[int], version: Tuple[int
         flags += ["--max-total-tokens", str(total)]
     if version >= (0, 9, 0) and config.get("model_type") == "bloom" and (longest or total):
         # Not a flash model: a prompt is computed in one piece, so it must fit into one prefill.
-        flags += ["--max-batch-prefill-tokens", str(max(PREFILL, longest or (total or 0) - 1))]
+        flags += [BLOOM_PREFILL, str(max(PREFILL, longest or (total or 0) - 1))]
     return flags
 
 

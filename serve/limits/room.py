@@ -120,9 +120,9 @@ def _old_flags(case: Case, verdict: Verdict, found: Dict[str, Any]) -> None:
 def _padded_flags(case: Case, verdict: Verdict, found: Dict[str, Any]) -> None:
     """3.3 computes a prompt of --max-batch-prefill-tokens before it answers: what does not fit ends it."""
     asked, context, batch = case.asked, found["max_context"], found["max_batch_tokens"]
-    free = asked.max_input is None and asked.max_total is None  # otherwise serve names the prefill
-    prefill = min(PREFILL, context) if free else max(PREFILL, asked.max_input or asked.max_total or 0)
-    if free:
+    longest = asked.max_input or (asked.max_total or 1) - 1  # of the prompts that the user wants
+    prefill = max(longest, min(PREFILL, context))
+    if not longest:
         verdict.note("without --max-total-tokens %s takes requests of %d tokens of this model" % (case.title, prefill))
     if prefill < PREFILL:
         verdict.flags += ["--max-batch-prefill-tokens", str(prefill)]

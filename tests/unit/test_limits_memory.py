@@ -212,8 +212,10 @@ def test_33_is_told_what_it_may_try_of_a_bloom():
     assert "--max-batch-total-tokens" not in verdict.flags  # its 16000 fit
     verdict = accepted(BLOOM_7B, "tgi", "3.3", 1, "a10")
     assert flag(verdict, "--max-batch-prefill-tokens") < flag(verdict, "--max-batch-total-tokens") < 16000
-    verdict = accepted(BLOOM_7B, "tgi", "3.3", 1, "a10", max_input=1000, max_total=1500)  # serve names the prefill then
-    assert "--max-batch-prefill-tokens" not in verdict.flags and flag(verdict, "--max-batch-total-tokens") >= 4096
+    verdict = accepted(BLOOM_7B, "tgi", "3.3", 2, "t4", max_input=1000, max_total=1500)  # its 4096 would not fit beside them
+    assert flag(verdict, "--max-batch-prefill-tokens") == verdict.capacity["max_context"] < 4096
+    verdict = accepted(BLOOM_7B, "tgi", "3.3", 1, "a100", max_input=5000, max_total=6000)
+    assert "--max-batch-prefill-tokens" not in verdict.flags  # serve names the prompt's length
     assert accepted(BLOOM_7B, "tgi", "3.3", 1, "a100").flags == []
     assert accepted(LLAMA_7B, "tgi", "3.3", 1, "t4").flags == []  # flash attention finds its own size
 

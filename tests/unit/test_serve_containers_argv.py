@@ -104,6 +104,8 @@ def test_a_prompt_of_bloom_fits_into_one_prefill():
     assert pairs(made("3.3.7", BLOOM, max_input_tokens=5000))["--max-batch-prefill-tokens"] == "5000"
     assert pairs(made("3.3.7", BLOOM, max_total_tokens=6001))["--max-batch-prefill-tokens"] == "6000"
     assert pairs(made("3.3.7", BLOOM, max_input_tokens=100))["--max-batch-prefill-tokens"] == "4096"
+    small = made("3.3.7", BLOOM, ["--max-batch-prefill-tokens", "900"], max_input_tokens=100)  # the judge's, for a small card
+    assert pairs(small)["--max-batch-prefill-tokens"] == "900" and small.count("--max-batch-prefill-tokens") == 1
     assert "--max-batch-prefill-tokens" not in made("3.3.7", BLOOM) + made("3.3.7", max_input_tokens=5000)
 
 
