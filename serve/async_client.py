@@ -19,6 +19,7 @@ from .results import (
     TimedOut,
     Unreachable,
 )
+from .within import within
 
 
 class AsyncClient(Settings):
@@ -202,15 +203,3 @@ class AsyncClient(Settings):
                 await response.aclose()
             raise replies.error_of(response.status_code, text, response.headers.get("retry-after", ""))
         return response
-
-
-async def within(awaitable: Awaitable[Any], seconds: float) -> Any:
-    """Its result; asyncio.TimeoutError. (asyncio.wait_for may forget a cancellation up to Python 3.11.)"""
-    task = asyncio.ensure_future(awaitable)
-    try:
-        done, _ = await asyncio.wait({task}, timeout=seconds)
-        if not done:
-            raise asyncio.TimeoutError
-        return task.result()
-    finally:
-        task.cancel()

@@ -5,9 +5,7 @@ server = launch("exports/my-model", engine="tgi", version="3.3", shards=2)    # 
 server.state.url, server.stop()
 """
 
-import shlex
 import socket
-from pathlib import Path
 from typing import Any, Callable, Optional, Union
 
 from pipeline_train.errors import UserError
@@ -16,13 +14,14 @@ from . import embedded_process, state
 from .containers import argv, daemon, found
 from .containers import start as container_start
 from .embedded_process import Server
+from .limits.files import TOKENIZERS
+from .limits.folder import listed
 from .proved import check_proof
 from .settings import Settings
 
 ENGINES = ("embedded", "tgi", "vllm")
 CONTAINER_ONLY = ("version", "image", "gpu", "driver", "shm_size")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
-WEIGHTS = ("*.safetensors", "*.bin")
+WEIGHTS = (".safetensors", ".bin")
 
 Say = Callable[[str], None]
 Known = Union[state.Running, found.Found]
@@ -150,16 +149,10 @@ def _in_the_way(port: int) -> Optional[UserError]:
 
 def check_model(model: str) -> None:
     """A folder that transformers can load."""
-    path = Path(model)
-    if not path.is_dir():
-        raise UserError("--model %s: no such folder" % model)
-    if (path / "manifest.json").is_file() and not any(path.glob("model*.safetensors")):
-        raise UserError(
-            "--model %s: pipeline weights; export them first: pipedock to-hf --input %s --output DIR" % (model, shlex.quote(model))
-        )
-    if not (path / "config.json").is_file():
+    names = listed(model)
+    if "config.json" not in names:
         raise UserError("--model %s: no config.json; expected a Hugging Face model folder (pipedock to-hf writes one)" % model)
-    if not any((path / name).is_file() for name in TOKENIZERS):
+    if not set(TOKENIZERS) & set(names):
         raise UserError("--model %s: no tokenizer (none of %s)" % (model, ", ".join(TOKENIZERS)))
-    if not any(next(path.glob(pattern), None) for pattern in WEIGHTS):
+    if not any(name.endswith(WEIGHTS) for name in names):
         raise UserError("--model %s: no weights (*.safetensors or *.bin)" % model)

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import List, Optional, Tuple
 
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # as the other verbs call them -> as servers do
+
 
 @dataclass(frozen=True)
 class Settings:

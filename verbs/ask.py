@@ -5,6 +5,7 @@ import sys
 from typing import Any, Dict, List, Optional
 
 from . import api_key
+from .progress import say
 
 HELP = "ask a running server: one prompt, streamed or not, or a conversation (--chat)"
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
         raise UserError("--url %s: expected http://HOST:PORT" % args.url)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     try:
-        with Client(args.url, api_key=api_key.read(args.api_key_file), timeout=args.timeout, retries=3, say=_say) as client:
+        with Client(args.url, api_key=api_key.read(args.api_key_file), timeout=args.timeout, retries=3, say=say) as client:
             if prompt is None:
                 from .chat import Conversation
 
@@ -106,11 +107,6 @@ def _chat_parameters(args: argparse.Namespace) -> Dict[str, Any]:
 def _show(args: argparse.Namespace, piece: str) -> None:
     args.answer.write(piece)
     args.answer.flush()
-
-
-def _say(line: str) -> None:
-    """What kind of server it is: not part of the answer."""
-    print(line, file=sys.stderr)
 
 
 def _hint(error: Any, chat: bool) -> str:

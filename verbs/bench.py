@@ -3,6 +3,8 @@
 import argparse
 from typing import Any, Dict, List, Tuple
 
+from .progress import say
+
 HELP = "measure on this machine, with peers side by side: train, serve, convert"
 
 
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         from bench.convert import bench as convert
         from bench.shapes import model_of
 
-        return {"what": "convert", "rows": convert(model_of(args.model, args.blocks), args.dir, args.verify, _say)}
+        return {"what": "convert", "rows": convert(model_of(args.model, args.blocks), args.dir, args.verify, say)}
     return _serve(args) if args.what == "serve" else _train(args)
 
 
@@ -76,7 +78,7 @@ def _serve(args: argparse.Namespace) -> Dict[str, Any]:
         if args.model in SHAPES or not folder.is_dir():
             folder = Path(scratch) / "model"
             random_model(folder, model_of(args.model, args.blocks))
-        return {"what": "serve", "rows": bench(folder, streams, args.new_tokens, args.seconds, args.peers, _say, flags)}
+        return {"what": "serve", "rows": bench(folder, streams, args.new_tokens, args.seconds, args.peers, say, flags)}
 
 
 def _train(args: argparse.Namespace) -> Dict[str, Any]:
@@ -88,8 +90,8 @@ def _train(args: argparse.Namespace) -> Dict[str, Any]:
             raise UserError("--%s %d: must be at least 1" % (name.replace("_", "-"), getattr(args, name)))
     if args.documents < 0:
         raise UserError("--documents %d: must be 0 or more" % args.documents)
-    case, cuda = checked(_case(args), _say)
-    return {"what": "train", "rows": bench(case, args.peers, cuda, _say)}
+    case, cuda = checked(_case(args), say)
+    return {"what": "train", "rows": bench(case, args.peers, cuda, say)}
 
 
 def _case(args: argparse.Namespace) -> Any:
@@ -99,7 +101,7 @@ def _case(args: argparse.Namespace) -> Any:
     if args.config is not None:
         from bench.of_run import case_of
 
-        return case_of(args.config, tuple(args.set), args.steps, _say)
+        return case_of(args.config, tuple(args.set), args.steps, say)
     from bench.rows import drawn
 
     model, blocks = args.model, args.blocks
@@ -112,12 +114,6 @@ def _case(args: argparse.Namespace) -> Any:
         dtype=args.dtype or "auto", recompute=args.recompute, compile=args.compile, optim=args.optim,
         steps=args.steps, documents=drawn(args.documents, args.seq_len),
     )  # fmt: skip
-
-
-def _say(line: str) -> None:
-    import sys
-
-    print(line, file=sys.stderr, flush=True)
 
 
 def text(document: Dict[str, Any]) -> str:

@@ -2,9 +2,10 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any, Dict
+
+from .progress import say
 
 HELP = "bring the files of a checkpoint that lie on other nodes: to this node over ssh, or to node 0 without"
 WAIT_S = 300.0
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     if args.hostfile is not None:
         from pipeline_train.gather_ssh import fetch
 
-        return fetch(Path(args.input), args.hostfile, _say, not args.without_optimizer)
+        return fetch(Path(args.input), args.hostfile, say, not args.without_optimizer)
     if args.nodes == 1:
         raise UserError("--nodes 1: one node has nothing to gather from")
     request = nodes.request(*joined)
@@ -47,9 +48,9 @@ def _join(request: Any, args: argparse.Namespace) -> Dict[str, Any]:
     from pipeline_train.gather import bring
 
     name = os.uname().nodename
-    channel = Channel.open(request.node, request.nodes, request.addr, request.port + 1, name, WAIT_S, _say, command=_command(args))
+    channel = Channel.open(request.node, request.nodes, request.addr, request.port + 1, name, WAIT_S, say, command=_command(args))
     try:
-        document = bring(channel, Path(args.input), _say, args.everywhere, not args.without_optimizer)
+        document = bring(channel, Path(args.input), say, args.everywhere, not args.without_optimizer)
     except BaseException as error:
         channel.close(error)
         raise
@@ -64,10 +65,6 @@ def _command(args: argparse.Namespace) -> str:
     name = os.path.basename(args.input.rstrip("/"))
     words = ["pipedock gather", "--input", name if STEP.fullmatch(name) else "RUN"]
     return " ".join(words + ["--everywhere"] * args.everywhere + ["--without-optimizer"] * args.without_optimizer)
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
 
 
 def text(document: Dict[str, Any]) -> str:

@@ -1,10 +1,10 @@
 """``pipedock prove``: a live server compared with training and with transformers."""
 
 import argparse
-import sys
 from typing import Any, Dict
 
 from . import api_key
+from .progress import say
 
 HELP = "prove a live server: token ids as trained, log-probabilities as transformers', stops where it should"
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         timeout=args.timeout, output=args.output,
     )  # fmt: skip
     try:
-        return prove(args.url.rstrip("/"), args.model, args.train_config, options, say=_say)
+        return prove(args.url.rstrip("/"), args.model, args.train_config, options, say=say)
     except RunFailed as error:
         if "checks" in error.document and not args.json:
             args.answer.write(text(error.document) + "\n")
@@ -80,7 +80,3 @@ def _figures(check: Dict[str, Any]) -> str:
         form = "%(why)s"
     words = {"by": " and ", "stop_tokens": " or "}
     return form % {name: words[name].join(value) if name in words else value for name, value in check.items()}
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")

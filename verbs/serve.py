@@ -19,7 +19,6 @@ CONTAINERS = (  # flag, metavar, help: for --engine tgi and vllm
     ("shm-size", "SIZE", "shared memory for the shards; by default 64g for tgi 0.8, 1g for 3.3, 8g for vllm"),
     ("image", "NAME", "take this image for that version's: a mirror's, or one of your own"),
 )
-DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # as the other verbs call them
 TIMEOUT_S = 3600.0  # from the start of the server until it answers: a 65B from a slow disk, converted first
 TOKENS = ("max-concurrent-requests", "max-input-tokens", "max-total-tokens")
 
@@ -91,7 +90,7 @@ def _where(document: Dict[str, Any]) -> str:
 
 
 def _settings(args: argparse.Namespace) -> Any:
-    from serve.settings import Settings
+    from serve.settings import DTYPES, Settings
 
     return Settings(
         args.model, args.engine, args.port, args.host, api_key.read(args.api_key_file),

@@ -17,7 +17,6 @@ from .found import Found
 from .mounts import mount
 
 Say = Callable[[str], None]
-DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 LOOK_S = 0.2  # between two looks at the server; at its log every fifth time
 STAGES = (  # a line of the log -> what is going on; the last one found counts
     (r"Starting (?:check and )?download process", "looking for weights"),
@@ -81,7 +80,7 @@ def judged(settings: Settings, have: gpus.Gpus, warn: Say) -> Tuple[limits.Verdi
         driver=settings.driver or have.driver,
         files=files,
         nbytes=nbytes,
-        dtype=DTYPES.get(settings.dtype or ""),
+        dtype=settings.dtype,
         max_input=settings.max_input_tokens,
         max_total=settings.max_total_tokens,
         where=settings.model,

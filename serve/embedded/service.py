@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, AsyncGenerator, Dict, List, Tuple, Union
 
+from ..within import within
 from . import validation
 from .batching import Scheduler
 from .errors import ApiError, failed, overloaded
@@ -68,8 +69,12 @@ class Service:
                 raise self._counted(error)
             try:
                 while not job.over:
-                    event = await _within(job.events.get(), KEEP_ALIVE_S)
-                    yield job, KEEP_ALIVE if event is None else self._received(job, event)
+                    try:
+                        event = await within(job.events.get(), KEEP_ALIVE_S)
+                    except asyncio.TimeoutError:
+                        yield job, KEEP_ALIVE
+                        continue
+                    yield job, self._received(job, event)
             except ApiError as error:
                 raise self._counted(error)
             finally:
@@ -166,17 +171,6 @@ class Permit:
 
     def __exit__(self, *_: object) -> None:
         self._service._free += self._taken
-
-
-async def _within(coroutine: Any, seconds: float) -> Any:
-    """Its result, or None when it takes longer. Not asyncio.wait_for: up to Python 3.11 that forgets a cancellation when the result
-    comes in the same turn of the loop, and a vanished client's answer would be generated to its end."""
-    task = asyncio.ensure_future(coroutine)
-    try:
-        done, _ = await asyncio.wait({task}, timeout=seconds)
-        return task.result() if done else None
-    finally:
-        task.cancel()
 
 
 def _mean_logprob(job: Job) -> float:

@@ -17,18 +17,7 @@ EMBEDDINGS = ("word_embeddings.weight", "transformer.word_embeddings.weight")  #
 def look(model_dir: str) -> Tuple[Dict[str, Any], Files, int]:
     """-> (config.json, what there is, bytes of the weights). Reads headers, and both tensors of a bloom that has a head beside its
     embedding. Raises UserError when it is no model folder or cannot be read."""
-    if not os.path.isdir(model_dir):
-        raise UserError("--model %s: no such folder" % model_dir)
-    try:
-        names = tuple(sorted(os.listdir(model_dir)))
-    except OSError as error:
-        raise UserError("--model %s: cannot be read: %s" % (model_dir, error.strerror)) from None
-    exported = any(name.startswith("model") and name.endswith(".safetensors") for name in names)
-    if not exported and ("manifest.json" in names or "checkpoints" in names):
-        quoted = shlex.quote(model_dir)
-        raise UserError(
-            "--model %s: pipeline weights; export them first: pipedock to-hf --input %s --output DIR" % (model_dir, quoted)
-        )
+    names = listed(model_dir)
     config, plain = families.read_config(model_dir), Files(names)
     wholes = plain.ending(".safetensors")
     spans = [tensors.of_safetensors(os.path.join(model_dir, name)) for name in wholes]
@@ -45,6 +34,23 @@ def look(model_dir: str) -> Tuple[Dict[str, Any], Files, int]:
         _chat_template(model_dir, names),
     )
     return config, files, sum(_size(os.path.join(model_dir, name)) for name in wholes or plain.ending(".bin"))
+
+
+def listed(model_dir: str) -> Tuple[str, ...]:
+    """The names in a model folder. Raises UserError when it is none, cannot be read, or holds the pipeline's own weights."""
+    if not os.path.isdir(model_dir):
+        raise UserError("--model %s: no such folder" % model_dir)
+    try:
+        names = tuple(sorted(os.listdir(model_dir)))
+    except OSError as error:
+        raise UserError("--model %s: cannot be read: %s" % (model_dir, error.strerror)) from None
+    exported = any(name.startswith("model") and name.endswith(".safetensors") for name in names)
+    if not exported and ("manifest.json" in names or "checkpoints" in names):
+        quoted = shlex.quote(model_dir)
+        raise UserError(
+            "--model %s: pipeline weights; export them first: pipedock to-hf --input %s --output DIR" % (model_dir, quoted)
+        )
+    return names
 
 
 def _union(parts: List[Any]) -> Optional[FrozenSet[str]]:

@@ -50,8 +50,8 @@ def prove(
     with server:
         try:
             done = work.checks(records)
-        except Unauthorized:
-            raise UserError("%s: the API key is missing or wrong; --api-key-file F sends one" % url) from None
+        except Unauthorized as error:
+            raise servers.refused(url, error) from None
         except ClientError as error:
             raise RunFailed("%s: %s" % (url, str(error).replace(url + ": ", "")), document=work.document) from None
     if train_config is not None:

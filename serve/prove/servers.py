@@ -134,7 +134,7 @@ def connect(url: str, api_key: Optional[str], timeout: float) -> "Tgi | Vllm":
     except NotFound:
         return _vllm(url, settings)
     except ClientError as error:
-        raise _nobody(url, error) from None
+        raise refused(url, error) from None
     if not isinstance(info, dict) or "version" not in info or not {"max_input_tokens", "max_input_length"} & set(info):
         raise UserError("%s: /info is not text-generation-inference's; expected that server, or vLLM" % url)
     server.learn(info)
@@ -151,11 +151,12 @@ def _vllm(url: str, settings: Dict[str, Any]) -> Vllm:
             "%s: has neither /info nor /version and /v1/models; expected text-generation-inference or vLLM" % url
         ) from None
     except ClientError as error:
-        raise _nobody(url, error) from None
+        raise refused(url, error) from None
     return server
 
 
-def _nobody(url: str, error: ClientError) -> Exception:
+def refused(url: str, error: ClientError) -> Exception:
+    """What to tell of a server that cannot be asked."""
     why = str(error).replace(url.rstrip("/") + ": ", "")
     if isinstance(error, (Unreachable, TimedOut)):
         return UserError("%s: no server there (%s); start one with pipedock serve --model DIR" % (url, why))

@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("httpx", reason="the async client needs Python 3.10")
 from serve import client as library  # noqa: E402
-from serve.async_client import within  # noqa: E402
 from serve.client import AsyncClient, Client  # noqa: E402
+from serve.within import within  # noqa: E402
 from tests.contract.recorded import OVERLOADED, STREAM_33, UNHEALTHY, WHOLE, Stub, whole  # noqa: E402
 from tests.unit.test_client import both  # noqa: E402
 

@@ -64,7 +64,7 @@ def test_what_the_verdict_says_reaches_the_container(folder, engine, monkeypatch
     assert warned == ["note: know this"]
     [question] = asked
     assert (question.shards, question.gpu, question.gpus, question.driver) == (2, "t4", 4, "535.54.03")
-    assert (question.dtype, question.max_total, question.where) == ("bf16", 99, str(folder))
+    assert (question.dtype, question.max_total, question.where) == ("bfloat16", 99, str(folder))
     assert question.config["model_type"] == "llama" and "model.safetensors" in question.files.names and question.nbytes > 0
     run(folder, gpu="v100", driver="450.80.02", port=free_port())
     assert (asked[1].gpu, asked[1].driver) == ("v100", "450.80.02")
