@@ -8,9 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .peers import DTYPES, Peer, empty_model, fill
-from .rows import IGNORED, Counts, MicroBatch
+from pipeline_train.models.loss import IGNORE
+
+from .peers import DTYPES, Peer, empty_model
+from .rows import Counts, MicroBatch
 from .task import RATE, Case
+from .values import fill
 
 Wire = Tuple[torch.Tensor, torch.Tensor]  # hidden[B,T,D], mask[B,T] int64
 
@@ -73,7 +76,7 @@ def decoder_of(model: Any) -> Any:
 
 def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """logits[B,T,V], labels[B,T], not shifted."""
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
 
 
 class Ancestor(Peer):

@@ -8,6 +8,7 @@ from pipeline_train import config, engine, families, plan
 
 from .rows import Counts, MicroBatch
 from .task import RATE, Case
+from .values import random_like
 
 
 class Ours:
@@ -44,11 +45,3 @@ class Ours:
         stage = self.pipe.pipe_rank
         return {"stage": stage, "parts": self.run.parallel.parts, "busy_s": self.times[0], "span_s": self.times[1],
                 "plan_gib": self.planned[stage]["total"]}  # fmt: skip
-
-
-def random_like(parameter: torch.Tensor, seed: int) -> torch.Tensor:
-    """Normal(0, 0.02) for matrices, ones for the rest, made where the parameter is."""
-    if parameter.dim() == 1:
-        return torch.ones(parameter.shape, device=parameter.device)
-    generator = torch.Generator(device=parameter.device).manual_seed(seed)
-    return torch.empty(parameter.shape, device=parameter.device).normal_(0.0, 0.02, generator=generator)

@@ -4,12 +4,13 @@ ZeRO stage 3. A row is one document and padding; on the right, where causal atte
 Every peer gets what favours it: the fastest precision that people train in, fused AdamW, one compiled graph.
 """
 
-from typing import Any, Dict, Iterable, List
+from typing import Any, Dict, List
 
 import torch
 
 from .rows import Counts, MicroBatch
 from .task import RATE, Case
+from .values import fill
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -78,17 +79,6 @@ def empty_model(case: Case, dtype: torch.dtype, attention: str = "sdpa") -> Any:
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     finally:
         torch.set_default_dtype(before)
-
-
-def fill(parameters: Iterable[torch.Tensor]) -> None:
-    """Random weights, the same on every replica; norms near one."""
-    with torch.no_grad():
-        for number, parameter in enumerate(parameters):
-            if parameter.dim() > 1:
-                generator = torch.Generator(device=parameter.device).manual_seed(number)
-                parameter.normal_(0.0, 0.02, generator=generator)
-            else:
-                parameter.fill_(1.0)
 
 
 class Hf(Peer):

@@ -15,6 +15,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from pipeline_train import engine, families, plan  # noqa: E402
+from pipeline_train.loop import peak_memory  # noqa: E402
 from pipeline_train.plan.cards import peak_flops  # noqa: E402
 
 from .rows import Rows  # noqa: E402
@@ -69,7 +70,7 @@ def measure(running: Any, case: Case, warm: bool = False) -> Dict[str, Any]:
 def _row(case: Case, running: Any, seconds: List[float], totals: List[int], loss: float, first_s: float) -> Dict[str, Any]:
     cuda, dims = device_of().type == "cuda", families.dims_of(case.model)
     everyone: List[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, dict(running.facts(), gib=round(_peak(cuda), 3)))
+    dist.all_gather_object(everyone, dict(running.facts(), gib=round(peak_memory(cuda), 3)))
     tokens, learnt, pairs, positions = totals
     whole = sum(seconds)
     card = torch.cuda.get_device_name() if cuda else "CPU"
@@ -92,12 +93,6 @@ def _now(device: torch.device) -> float:
         torch.cuda.synchronize()
     dist.barrier()
     return time.perf_counter()
-
-
-def _peak(cuda: bool) -> float:
-    from pipeline_train.loop import peak_memory
-
-    return peak_memory(cuda)
 
 
 def main() -> None:

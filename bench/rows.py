@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from pipeline_train.data import packing
+from pipeline_train.models.loss import IGNORE
 
-IGNORED = -100
 MANY = 4096  # documents to draw rows from
 
 
@@ -26,7 +26,7 @@ class MicroBatch(NamedTuple):
     def labels(self) -> torch.Tensor:
         """The targets as transformers' models take them: not shifted."""
         labels = self.targets.roll(1, 1)
-        labels[:, 0] = IGNORED
+        labels[:, 0] = IGNORE
         return labels
 
 
@@ -71,7 +71,7 @@ class Rows:
         shape = (len(rows), self.seq)
         ids = torch.randint(3, min(self.vocab, 30000), shape, generator=generator)
         positions, segments = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-        targets = torch.full(shape, IGNORED, dtype=torch.int64)
+        targets = torch.full(shape, IGNORE, dtype=torch.int64)
         following = ids.roll(-1, 1)
         for number, row in enumerate(rows):
             end = 0

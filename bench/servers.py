@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from pipeline_train.errors import RunFailed
+from pipeline_train.network import free_port
+from serve.reach import healthy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,9 +35,7 @@ class Server:
     """``python -m serve.embedded``, or ``command`` with a free port behind it; ready inside the with block, killed behind it."""
 
     def __init__(self, folder: Path, *flags: str, command: Optional[List[str]] = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = "http://127.0.0.1:%d" % self.port
         ours = [sys.executable, "-m", "serve.embedded", "--model-id", str(folder), "--no-proof", *flags, "--port"]
         clean = {name: value for name, value in os.environ.items() if name not in ("HOSTNAME", "PORT", "API_KEY")}
@@ -45,11 +44,9 @@ class Server:
     def __enter__(self) -> "Server":
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                with urllib.request.urlopen(self.url + "/health", timeout=5):
-                    return self
-            except OSError:
-                time.sleep(0.2)
+            if healthy(self.url):
+                return self
+            time.sleep(0.2)
         self.__exit__()
         raise RunFailed("bench serve: the server did not start: %s" % " ".join(self.process.args))  # type: ignore[arg-type]
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any, Callable, Dict, List, Tuple
 from pipeline_train import compat, config, families, plan
 from pipeline_train.device import resolve_device
 from pipeline_train.errors import RunFailed, UserError
+from pipeline_train.network import free_port
 
 from .task import Case
 
@@ -81,7 +81,7 @@ def with_micro(case: Case, micro: int) -> Any:
 
 def measured(case: Case, cuda: bool) -> Row:
     """One case in processes of its own; -> its row, {"engine", "micro", "error"} when it fails."""
-    port = _free_port()
+    port = free_port()
     common = dict(os.environ, WORLD_SIZE=str(case.world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
                   PYTHONPATH=os.pathsep.join([str(ROOT)] + [p for p in [os.environ.get("PYTHONPATH")] if p]))  # fmt: skip
     if not cuda:
@@ -125,9 +125,3 @@ def line(row: Row) -> str:
         what, row["tokens_per_s"], row["learnt_tokens_per_s"], row["step_s"], mfu,
         " ".join("%.2f" % gib for gib in row["gib"]),
     )  # fmt: skip
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -23,12 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-MODELS = {
-    "llama": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-              "num_attention_heads": 32, "max_position_embeddings": 4096, "tie_word_embeddings": False},
-    "bloom": {"model_type": "bloom", "vocab_size": 250880, "hidden_size": 4096, "n_layer": 30, "n_head": 32, "hidden_dropout": 0.0,
-              "attention_dropout": 0.0},
-}  # fmt: skip
+from bench import shapes  # noqa: E402
+
 SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "n_layer": 4,
          "num_attention_heads": 4, "n_head": 4}  # fmt: skip
 ENGINES = ("pipeline", "fsdp2", "zero3", "pipeline2")  # pipeline2: with D = 2
@@ -54,8 +50,8 @@ class Bench:
         print(shown(row), flush=True)
 
     def model(self, family):
-        known = MODELS[family]
-        return {key: SMALL.get(key, value) for key, value in known.items()} if self.cpu else dict(known)
+        known = shapes.model_of(family + "-7b")
+        return {key: SMALL.get(key, value) for key, value in known.items()} if self.cpu else known
 
     def train(self, engine, family, cases, until_failure=False, positions=4096, **task):
         """Rows of the cases, in order; after a failure the others go on in new processes, but for the hopeless ones."""

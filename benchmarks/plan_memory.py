@@ -20,33 +20,33 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench import shapes  # noqa: E402
+from bench.task import Case  # noqa: E402
+
 MICRO_BATCHES, STEPS = 3, 2
-LLAMA = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8,
-         "num_attention_heads": 32, "max_position_embeddings": 4096}  # fmt: skip
-BLOOM = {"model_type": "bloom", "vocab_size": 250880, "hidden_size": 4096, "n_layer": 6, "n_head": 32, "hidden_dropout": 0.0,
-         "attention_dropout": 0.0}  # fmt: skip
+LLAMA, BLOOM = shapes.model_of("llama-7b", 8), shapes.model_of("bloom-7b", 6)
 GROUPED = dict(LLAMA, hidden_size=2048, intermediate_size=5632, num_key_value_heads=4)
 BLOOM_1B7 = dict(BLOOM, hidden_size=2048, n_head=16, n_layer=8)
 MIDDLE = dict(LLAMA, vocab_size=256)  # as good as a middle stage: no head that would show
 
 
-def case(model, seq, micro, recompute="none", optim="adamw", dtype="bf16"):
+def one_of(model, seq, micro, recompute="none", optim="adamw", dtype="bf16"):
     return {"model": model, "seq": seq, "micro": micro, "recompute": recompute, "optim": optim, "dtype": dtype}
 
 
 CASES = {
-    "llama-none": case(LLAMA, 1024, 4),
-    "llama-recompute": case(LLAMA, 2048, 4, "blocks"),
-    "llama-recompute-1": case(LLAMA, 2048, 1, "blocks"),
-    "llama-lion": case(LLAMA, 2048, 1, optim="lion"),
-    "llama-grouped": case(GROUPED, 2048, 4),
-    "middle-none": case(MIDDLE, 2048, 4),
-    "middle-recompute": case(MIDDLE, 2048, 4, "blocks"),
-    "bloom-none": case(BLOOM, 1024, 4),
-    "bloom-recompute-1": case(BLOOM, 2048, 1, "blocks"),
-    "bloom-lion": case(dict(BLOOM, n_layer=4), 1024, 4, "blocks", "lion"),
-    "bloom-1b7": case(BLOOM_1B7, 2048, 4),
-    "fp16": case(dict(LLAMA, num_hidden_layers=6), 1024, 4, dtype="fp16"),
+    "llama-none": one_of(LLAMA, 1024, 4),
+    "llama-recompute": one_of(LLAMA, 2048, 4, "blocks"),
+    "llama-recompute-1": one_of(LLAMA, 2048, 1, "blocks"),
+    "llama-lion": one_of(LLAMA, 2048, 1, optim="lion"),
+    "llama-grouped": one_of(GROUPED, 2048, 4),
+    "middle-none": one_of(MIDDLE, 2048, 4),
+    "middle-recompute": one_of(MIDDLE, 2048, 4, "blocks"),
+    "bloom-none": one_of(BLOOM, 1024, 4),
+    "bloom-recompute-1": one_of(BLOOM, 2048, 1, "blocks"),
+    "bloom-lion": one_of(dict(BLOOM, n_layer=4), 1024, 4, "blocks", "lion"),
+    "bloom-1b7": one_of(BLOOM_1B7, 2048, 4),
+    "fp16": one_of(dict(LLAMA, num_hidden_layers=6), 1024, 4, dtype="fp16"),
 }
 
 
@@ -63,46 +63,20 @@ def predicted(one):
     return dict(gib, total=found.total / memory.GIB), [x / memory.GIB for x in memory.moments(sizes, setup, 0, 0, dims.layers)]
 
 
-def batches(one, step):
-    """The micro-batches of a step: rows of one document, every token learnt."""
-    import torch
-
-    generator = torch.Generator().manual_seed(step)
-    shape = (one["micro"], one["seq"])
-    for _ in range(MICRO_BATCHES):
-        ids = torch.randint(3, 250, shape, generator=generator)
-        positions = torch.arange(one["seq"]).expand(shape).contiguous()
-        yield (ids, positions, torch.ones(shape, dtype=torch.int64)), ids.roll(-1, 1)
-
-
-def build(one, micro_batches=MICRO_BATCHES, compiled=False):
-    """A pipeline of one stage with random weights, filled on the device."""
-    import torch
-
-    from pipeline_train import config, engine, families
-
-    run = config.parse({
-        "run": {"out": "unused", "compile": compiled}, "model": {"path": "unused", "init": "random", "dtype": one["dtype"]},
-        "data": {"train": "unused", "seq_len": one["seq"]}, "parallel": {"pipe": 1, "recompute": one["recompute"]},
-        "batch": {"micro": one["micro"], "global": one["micro"] * micro_batches},
-        "optim": {"type": one["optim"], "loss_scale": {"initial": 128}},
-    })  # fmt: skip
-    dims = families.dims_of(one["model"])
-    engine.connect(True, 0)
-    pipe = engine.Pipeline(run, dims, [0, dims.layers], cuda=True)
-    for module in pipe.stage.layers.values():
-        for parameter in module.parameters():
-            pipe.write_whole(parameter, torch.empty(parameter.shape, device="cuda").normal_(0.0, 0.02))
-    pipe.set_steps(0)
-    return pipe
-
-
 def measure(one):
     """Run the case in this process -> the measured fields of its row."""
     import torch
 
-    began = time.monotonic()
-    pipe, peaks = build(one), {"computing": 0, "stepping": 0}
+    from bench.ours import Ours
+    from bench.rows import Rows
+    from pipeline_train import engine
+
+    began, peaks = time.monotonic(), {"computing": 0, "stepping": 0}
+    engine.connect(True, 0)
+    case = Case("ours", one["model"], one["seq"], one["micro"], MICRO_BATCHES, dtype=one["dtype"], recompute=one["recompute"],
+                optim=one["optim"])  # fmt: skip
+    running = Ours(case, torch.device("cuda"))
+    rows = Rows([], case.seq, True, running.dims.vocab)  # one document a row, every token learnt
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
@@ -118,16 +92,16 @@ def measure(one):
 
         return instruction
 
-    known = pipe.engine._INSTRUCTION_MAP
-    pipe.engine._INSTRUCTION_MAP = {k: noted(v) if k.__name__ == "ReduceTiedGrads" else v for k, v in known.items()}
+    pipe = running.pipe.engine
+    pipe._INSTRUCTION_MAP = {k: noted(v) if k.__name__ == "ReduceTiedGrads" else v for k, v in pipe._INSTRUCTION_MAP.items()}
     for step in range(STEPS):
-        result = pipe.train(batches(one, step), MICRO_BATCHES * one["micro"] * one["seq"], 1e-5)
+        loss = running.step(*rows.step(step, case.rows, case.micro))
         note("stepping")
     free, total = torch.cuda.mem_get_info()
     reserved = torch.cuda.memory_reserved()
     gib = 2**30
     return {
-        "card": torch.cuda.get_device_name(), "loss": result.loss, "seconds": round(time.monotonic() - began, 1),
+        "card": torch.cuda.get_device_name(), "loss": loss, "seconds": round(time.monotonic() - began, 1),
         "peaks": [peaks["computing"] / gib, peaks["stepping"] / gib], "reserved": torch.cuda.max_memory_reserved() / gib,
         "outside": (total - free - reserved) / gib, "card_gib": total / gib,
     }  # fmt: skip

@@ -6,13 +6,12 @@ each launcher starts its node's ranks; a signal to any of them counts for all.
 
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
-from . import host
+from . import host, network
 from .control import NodeGone
 from .errors import RunFailed, Stopped
 from .link import SILENT_S
@@ -213,7 +212,7 @@ def environment(world: int, gpus: int, here: Optional[int] = None) -> Dict[str, 
     env = dict(os.environ)
     root = str(Path(__file__).resolve().parents[1])
     env["PYTHONPATH"] = os.pathsep.join([root] + ([env["PYTHONPATH"]] if env.get("PYTHONPATH") else []))
-    env.update(WORLD_SIZE=str(world), LOCAL_SIZE=str(here), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    env.update(WORLD_SIZE=str(world), LOCAL_SIZE=str(here), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(network.free_port()))
     env.update({PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"})
     env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // here)))
     # Compiled kernels are found again by the next run; torch's own place is the temporary folder.
@@ -231,9 +230,3 @@ def environment(world: int, gpus: int, here: Optional[int] = None) -> Dict[str, 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

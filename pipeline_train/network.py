@@ -130,3 +130,10 @@ def _instead() -> str:
         if one.interface != "lo" and not INTERNAL.fullmatch(one.interface) and not ipaddress.ip_address(one.address).is_link_local:
             return " (this machine has %s on %s)" % (one.address, one.interface)
     return ""
+
+
+def free_port() -> int:
+    """On the loopback interface, for processes of this machine alone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,11 +1,10 @@
 """All checks of one node or of all of them: measured on every node, exchanged, judged from the same facts everywhere."""
 
 import os
-import socket
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
-from .. import config, families, identity, manifest
+from .. import config, families, identity, manifest, network
 from ..config_schema import RunConfig
 from ..control import Channel
 from ..errors import RunFailed
@@ -74,7 +73,8 @@ def preflight(channel: Channel, task: Task, say: Say, measure_bandwidth: bool = 
         findings += _between(channel, task, facts)
     healthy = not any(finding.level == FAILURE for finding in findings)
     if measure_bandwidth and healthy:
-        measured = bandwidth.measure(channel, task.addr or "127.0.0.1", task.port if channel.nodes > 1 else free_port(), facts)
+        port = task.port if channel.nodes > 1 else network.free_port()
+        measured = bandwidth.measure(channel, task.addr or "127.0.0.1", port, facts)
         findings += bandwidth.check(measured)
     return judged(findings, channel.names, everyone, measured)
 
@@ -170,13 +170,6 @@ def check_identity(documents: Sequence[Dict[str, str]], names: Sequence[str]) ->
         found.append(Finding("same everywhere", FAILURE, said, fix))
     told = ["%s %s" % pair for pair in sorted(identity.digests(documents[0]).items())]
     return found or [Finding("same everywhere", OK, ", ".join(told))]
-
-
-def free_port() -> int:
-    """For ranks of this machine alone."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def alone() -> Channel:

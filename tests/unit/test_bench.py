@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from bench import shapes, train
-from bench.rows import IGNORED, Rows, drawn
+from bench.rows import Rows, drawn
 from bench.task import Case
 from pipeline_train import families
 from pipeline_train.errors import UserError
+from pipeline_train.models.loss import IGNORE
 from verbs import bench as verb
 
 DOCUMENTS = [(5, 2), (9, 9), (3, 1), (30, 4), (7, 7)]
@@ -28,13 +29,13 @@ def test_rows_hold_the_documents_and_count_them(packed):
     targets = torch.cat([batch.targets for batch in batches])
     ids = torch.cat([batch.ids for batch in batches])
     assert counts.positions == 6 * 16 and counts.tokens == int((segments > 0).sum())
-    assert counts.learnt == int((targets != IGNORED).sum())
+    assert counts.learnt == int((targets != IGNORE).sum())
     assert counts.pairs == int((positions + 1)[segments > 0].sum())
     assert bool((segments.max(1).values == 1).all()) is not packed  # several documents a row, or one
-    learnt = targets != IGNORED
+    learnt = targets != IGNORE
     assert not bool(learnt[segments == 0].any())
     assert torch.equal(targets[:, :-1][learnt[:, :-1]], ids[:, 1:][learnt[:, :-1]])
-    assert torch.equal(batches[0].labels[:, 1:], batches[0].targets[:, :-1]) and bool((batches[0].labels[:, 0] == IGNORED).all())
+    assert torch.equal(batches[0].labels[:, 1:], batches[0].targets[:, :-1]) and bool((batches[0].labels[:, 0] == IGNORE).all())
 
 
 def test_every_document_comes_once_in_an_epoch_and_long_ones_are_cut():
