@@ -44,8 +44,10 @@ def from_hf(input: str, output: str, progress: Optional[Progress] = None) -> Dic
                     meter.add(item.nbytes)
             return {path.name: writer.entry}
 
+        # The largest first: at the end no thread waits for one that began with a head late.
+        sizes = [sum(item.nbytes for item in items) for items in layers]
         with ThreadPoolExecutor(source.threads) as pool:
-            for entry in in_turn(pool, one, range(len(layers))):
+            for entry in in_turn(pool, one, sorted(range(len(layers)), key=lambda layer: -sizes[layer])):
                 files.update(entry)
         shutil.copyfile(str(source.folder / "config.json"), str(folder / "config.json"))
         for name in ["config.json"] + sidecars.copy(source.folder, folder):
