@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 import deepspeed
 import torch
 
-from . import compat
+from . import accumulate, compat
 from .config_schema import RunConfig
 from .families.base import Dims
 from .instructions import Watched
@@ -113,6 +113,10 @@ class Pipeline:
             model=self.stage, optimizer=optimizer, model_parameters=groups, config=self.settings, dist_init_required=False
         )[0]
         compat.clip_fp32(self.engine.optimizer, deepspeed.__version__)
+        if config.model.dtype == "bf16" and not parallel.offload:
+            accumulate.into_sums(self.engine.optimizer, config.run.compile)
+            # Without replicas there is nothing to average, but DeepSpeed would still round the fp32 sums to bf16 and back.
+            self.engine.pipeline_enable_backward_allreduce = parallel.data > 1
         self.watched = Watched(self.engine, pulse or Pulse.inherited(), cuda, fp16=config.model.dtype == "fp16")
         if self.loss_scaler is not None:
             self.loss_scaler.raise_error_at_min_scale = False  # loss_scale.OverflowLimit says it better

@@ -27,7 +27,7 @@ class PipeLayer(torch.nn.Module):
     """A layer on the wire. ``inner`` is the family's module; its state_dict keys are the slot names.
 
     ``recompute``: keep only the block's input for the backward pass and run the block again there.
-    ``compiled``: blocks through torch.compile (one graph serves all), on a GPU with FlexAttention.
+    ``compiled``: blocks through torch.compile (one graph serves all), on a GPU with FlexAttention; the loss, too (``Stage.loss``).
     """
 
     def __init__(self, dims: Dims, layer: int, dtype: torch.dtype, recompute: bool, compiled: bool = False) -> None:
@@ -94,6 +94,7 @@ class Stage(PipelineModule):
         # _partition_layers runs inside the base constructor and reads this.
         self.boundaries = list(boundaries)
         self.loss_factor = 0.0
+        self.compiled = compiled
         specs = [LayerSpec(PipeLayer, dims, layer, dtype, recompute, compiled) for layer in range(dims.layers)]
         super().__init__(layers=specs, topology=topology, loss_fn=self.loss, partition_method="explicit")
         self.dims = dims
@@ -140,7 +141,7 @@ class Stage(PipelineModule):
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """logits[B,T,V], targets[B,T] (-100: not learnt) -> scalar fp32."""
-        return token_loss(logits, targets, self.loss_factor)
+        return token_loss(logits, targets, self.loss_factor, self.compiled)
 
 
 def tied_slots(dims: Dims) -> Tuple[str, str]:

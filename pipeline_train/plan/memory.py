@@ -5,11 +5,12 @@ others in flight, and the end of the step, when activations are gone but reducti
 number of parameters, D the number of replicas (ZeRO-1 gives each 1/D of the optimizer's state). Bytes per parameter:
 
                     weights  gradients        master + moments (AdamW; Lion 4 less)   at the step, beside them
- current, bf16      2        2 + 4 (fp32 sum) 12/D                  2: the sum rounded to bf16 to be averaged (BF16_Optimizer)
+ current, bf16      2        4 (fp32 sum)     12/D                  2, with replicas: the sum rounded to bf16 to be averaged
  current, fp16      2        2                12/D                  2/D + 4/D: the gradient flat, then in fp32 (ZeRO-1)
  current, fp32      4        4                12/D                  4/D: the gradient flat
  pinned, fp16       2        2                12/D                  as above; then, gradients gone, fp32 gradient 4/D and 8/D
                                                                     of torch 1.13's AdamW, which is not fused: two temporaries
+In bf16 a gradient is added to its sum (accumulate.py; ZeRO-1 does so itself) and gone before the next is made.
 Sources: DeepSpeed 0.19.8 and 0.9.2 runtime/zero/stage_1_and_2.py and runtime/bf16_optimizer.py (step, reduction, norm),
 runtime/pipe/engine.py (buffers), runtime/pipe/schedule.py (1F1B), torch/optim/adamw.py; engine.py of this package (settings).
 """
@@ -50,6 +51,11 @@ class Setup(NamedTuple):
     @property
     def shape(self) -> Shape:
         return Shape(self.micro, self.seq_len, self.width, self.stack == "pinned", self.compiled)
+
+    @property
+    def sums(self) -> bool:
+        """Gradients are summed over the micro-batches in fp32, and none stays in the run's dtype."""
+        return self.dtype == "bf16"
 
     @property
     def bf16_optimizer(self) -> bool:
@@ -143,11 +149,7 @@ def moments(sizes: Sizes, setup: Setup, stage: int, start: int, end: int) -> Tup
 def static_bytes(params: int, setup: Setup) -> Tuple[int, ...]:
     """-> (weights, gradients, master weights and moments): there from step to step, or all through the backward passes."""
     weights = params * setup.width
-    grads = params * setup.width
-    if setup.bf16_optimizer:
-        grads += 4 * params  # the fp32 sum over micro-batches, whole on every replica
-    elif setup.dtype == "bf16":
-        grads = 4 * params  # ZeRO-1 with grad_accum_dtype fp32: each bf16 gradient goes as soon as it is added
+    grads = 4 * params if setup.sums else params * setup.width  # whole on every replica
     state = 4 + (8 if setup.optim == "adamw" else 4)
     optimizer = 0 if setup.offload else -(-state * params // setup.data)
     return weights, grads, optimizer
@@ -171,23 +173,24 @@ def running_bytes(sizes: Sizes, setup: Setup, stage: int, part: Part) -> Tuple[i
     stale = logits if part.head and setup.micro_batches > 1 else 0
     # From the second micro-batch on a weight's gradient is made beside the sum so far. With one micro-batch none is there yet
     # when the backward pass begins (the engine drops them after each step): each layer adds its own.
-    params, adds = sizes.parameters(part) * b, setup.micro_batches > 1
-    head, blocks = sizes.params[2] * b * part.head, sizes.params[1] * b * part.blocks
+    adds, stays = setup.micro_batches > 1, 0 if setup.sums else b
+    params = sizes.parameters(part) * stays
+    head, blocks = sizes.params[2] * stays * part.head, sizes.params[1] * stays * part.blocks
+    # A compiled block hands over the gradients of all its weights at once.
+    made = sizes.params[1] if setup.compiled else sizes.largest[1]
     highest, kept_then = [], kept
     if part.head:
-        chunk = min(n * dims.vocab, LOSS_CHUNK)
+        chunk = 0 if setup.compiled else min(n * dims.vocab, LOSS_CHUNK)
         there = params * adds
         highest.append(kept + logits + 4 * chunk * (2 if b == 2 else 1) + there)  # their gradient, in pieces through fp32
         highest.append(kept + logits + hidden + dims.vocab * dims.hidden * b + there)  # the head's gradient
         kept_then = kept - norm
     if part.blocks:
         there = params if adds else head
-        highest.append(kept_then - block.kept * (not setup.recompute) + block.peak + sizes.largest[1] * b + there)
+        highest.append(kept_then - block.kept * (not setup.recompute) + block.peak + made * b + there)
     if part.embed:
         there = params if adds else head + blocks
         highest.append(wire + logits + hidden + embed + dims.vocab * dims.hidden * b + there)
-    if setup.bf16_optimizer:
-        highest.append(logits + 4 * sizes.largest_matrix(part) + params)  # a gradient in fp32 before it is added to the sum
     peak = max(highest) - params  # which static_bytes has counted
     received = hidden + ints if stage > 0 else hidden if not part.head else 0
     activations = flight * kept + stale
@@ -200,7 +203,7 @@ def step_bytes(sizes: Sizes, setup: Setup, part: Part, params: int) -> int:
     weights, grads, optimizer = static_bytes(params, setup)
     largest = min(sizes.largest_matrix(part), -(-matrices // data))
     if setup.bf16_optimizer:
-        copies = 2 * matrices if matrices > ONE_BUCKET else 6 * params
+        copies = 0 if data == 1 else 2 * matrices if matrices > ONE_BUCKET else 6 * params
         return weights + grads + optimizer + max(copies, _update_temporaries(setup, matrices // data))
     if setup.offload:
         mine = 4 * params // data if setup.dtype == "bf16" else 0  # the partition that the sums are reduced into

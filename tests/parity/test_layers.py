@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline_train import families, models
 from pipeline_train.models import attention, llama, loss
+from tests import compiler
 from tests.models import tiny_config
 
 SEGMENTS = torch.tensor([[1] * 5 + [2] * 1 + [3] * 6 + [0] * 4, [1] * 16])
@@ -100,16 +101,18 @@ def test_a_row_of_padding_has_finite_values_and_gradients():
         assert all(torch.isfinite(p.grad).all() for p in block.parameters())
 
 
+COMPILED = pytest.param(None, marks=pytest.mark.skipif(not compiler.CAN, reason=compiler.WHY_NOT), id="compiled")
 TARGETS = torch.tensor([[3, -100, 0, 8, -100], [-100, 1, 1, -100, 7]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("chunk", [1, 27, 1 << 24])
+@pytest.mark.parametrize("chunk", [1, 27, 1 << 24, COMPILED])
 def test_loss_is_the_sum_over_learnt_tokens(monkeypatch, dtype, chunk):
-    monkeypatch.setattr(loss, "CHUNK", chunk)  # 1 row at a time; 3 of 10; all
+    if chunk is not None:
+        monkeypatch.setattr(loss, "CHUNK", chunk)  # 1 row at a time; 3 of 10; all
     logits = random(2, 5, 9, scale=4.0).to(dtype).requires_grad_()
     same = logits.detach().float().requires_grad_()
-    ours = loss.token_loss(logits, TARGETS, 0.25)
+    ours = loss.token_loss(logits, TARGETS, 0.25, chunk is None)
     theirs = F.cross_entropy(same.flatten(0, 1), TARGETS.flatten(), ignore_index=-100, reduction="sum") * 0.25
     assert ours.dtype == torch.float32
     assert abs(ours.item() - theirs.item()) < 1e-5 * theirs.item()
@@ -120,17 +123,19 @@ def test_loss_is_the_sum_over_learnt_tokens(monkeypatch, dtype, chunk):
     assert (logits.grad.float() - same.grad).abs().max() < bound * same.grad.abs().max()
 
 
-def test_loss_of_nothing_learnt_is_zero():
+@pytest.mark.parametrize("chunk", [1 << 24, COMPILED])
+def test_loss_of_nothing_learnt_is_zero(chunk):
     """An empty row, or a row whose logits overflowed but is not learnt, must not poison the step."""
     logits = torch.full((1, 3, 9), float("nan")).requires_grad_()
-    nothing = loss.token_loss(logits, torch.full((1, 3), -100), 1.0)
+    nothing = loss.token_loss(logits, torch.full((1, 3), -100), 1.0, chunk is None)
     nothing.backward()
     assert nothing.item() == 0.0 and torch.equal(logits.grad, torch.zeros_like(logits))
 
 
-def test_loss_says_nan_when_a_learnt_token_is_nan():
+@pytest.mark.parametrize("chunk", [1 << 24, COMPILED])
+def test_loss_says_nan_when_a_learnt_token_is_nan(chunk):
     logits = torch.full((1, 1, 9), float("nan"))
-    assert math.isnan(loss.token_loss(logits, torch.zeros(1, 1, dtype=torch.long), 1.0).item())
+    assert math.isnan(loss.token_loss(logits, torch.zeros(1, 1, dtype=torch.long), 1.0, chunk is None).item())
 
 
 class Largest(TorchDispatchMode):

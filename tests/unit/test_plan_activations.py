@@ -10,10 +10,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from pipeline_train import compat, families, models, native  # noqa: E402
+from pipeline_train import families, models  # noqa: E402
 from pipeline_train.models import attention  # noqa: E402
 from pipeline_train.plan.activations import FAMILIES_KEEP, Shape  # noqa: E402
 from pipeline_train.stages import PipeLayer  # noqa: E402
+from tests import compiler  # noqa: E402
 from tests.models import tiny_config  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,8 +70,7 @@ def test_a_block_keeps_what_the_plan_says(monkeypatch, family, overrides, dtype,
     assert planned.peak >= planned.kept and planned.input == hidden.numel() * hidden.element_size()
 
 
-@pytest.mark.skipif(compat.release(torch.__version__) < (2, 6) or native.without_cpp() is not None,
-                    reason="torch.compile needs torch 2.6 and a C++ compiler")  # fmt: skip
+@pytest.mark.skipif(not compiler.CAN, reason=compiler.WHY_NOT)
 @pytest.mark.parametrize("family, overrides, dtype", [
     ("llama", {"num_key_value_heads": 2}, torch.bfloat16), ("llama", {}, torch.float32), ("bloom", {"n_head": 3}, torch.bfloat16),
 ], ids=str)  # fmt: skip

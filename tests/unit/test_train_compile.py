@@ -7,6 +7,7 @@ from pipeline_train import compat, families, native
 from pipeline_train.errors import UserError
 from pipeline_train.models import init_layer
 from pipeline_train.stages import PipeLayer
+from tests import compiler
 
 LLAMA = {"model_type": "llama", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rope_scaling": {
@@ -15,8 +16,7 @@ LLAMA = {"model_type": "llama", "vocab_size": 100, "hidden_size": 32, "intermedi
 BLOOM = {"model_type": "bloom", "vocab_size": 100, "hidden_size": 36, "n_layer": 3, "n_head": 3, "hidden_dropout": 0.0,
          "attention_dropout": 0.0}  # fmt: skip
 MODELS = {"llama": LLAMA, "bloom": BLOOM}
-CAN = compat.release(torch.__version__) >= (2, 6) and native.without_cpp() is None
-compiles = pytest.mark.skipif(not CAN, reason="torch.compile needs torch 2.6 and a C++ compiler")
+compiles = pytest.mark.skipif(not compiler.CAN, reason=compiler.WHY_NOT)
 
 
 def run(dims, compiled, recompute):

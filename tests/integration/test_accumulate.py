@@ -1,0 +1,55 @@
+"""accumulate.into_sums: the sums of DeepSpeed's own way bit by bit, and no gradient that stays."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline_train import compat
+from tests import compiler
+from tests.free_port import free_port
+from tests.models import tiny_config
+
+RANK = Path(__file__).with_name("sums_rank.py")
+pytestmark = pytest.mark.skipif(not compat.has_bf16(compat.versions()["deepspeed"]), reason="DeepSpeed 0.9.2 has no bf16 pipeline")
+
+
+def both_ways(folder, pipe, data, compiled):
+    """-> what each rank left: [with, without]."""
+    run = {
+        "run": {"out": "-", "compile": compiled}, "model": {"path": "-", "init": "random", "dtype": "bf16"},
+        "data": {"train": "-", "seq_len": 24}, "parallel": {"pipe": pipe, "data": data}, "batch": {"micro": 1, "global": 3 * data},
+        "optim": {"clip": 1000},  # clipping would give every sum more digits
+    }  # fmt: skip
+    (folder / "case.json").write_text(json.dumps({"raw": tiny_config("llama", tie_word_embeddings=True), "run": run}))
+    env = dict(os.environ, WORLD_SIZE=str(pipe * data), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1",
+               DS_ACCELERATOR="cpu")  # fmt: skip
+    command = [sys.executable, str(RANK), str(folder / "case.json"), str(folder / "out")]
+    ranks = [
+        subprocess.Popen(command, env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)), stderr=subprocess.PIPE, text=True)
+        for rank in range(pipe * data)
+    ]
+    try:
+        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * len(ranks), "\n".join(errors)[-3000:]
+    return [torch.load(str(folder / ("out.%d" % rank))) for rank in range(pipe * data)]
+
+
+@pytest.mark.parametrize("pipe, data, compiled", [
+    (1, 1, False), (2, 1, False), (1, 2, False),
+    pytest.param(1, 1, True, marks=pytest.mark.skipif(not compiler.CAN, reason=compiler.WHY_NOT)),
+])  # fmt: skip
+def test_the_same_bits_and_no_gradient_is_kept(tmp_path, pipe, data, compiled):
+    for ours, plain in both_ways(tmp_path, pipe, data, compiled):
+        assert ours["steps"] == plain["steps"] and len(ours["steps"]) == 3
+        for mine, theirs in zip(ours["values"], plain["values"]):
+            assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+        assert not ours["kept"] and plain["kept"]
+        assert ours["precise"] == (data == 1)  # replicas are averaged in bf16; without them the fp32 sums stay what they are
