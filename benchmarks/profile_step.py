@@ -20,7 +20,7 @@ from bench import shapes  # noqa: E402
 from bench.rows import Rows, drawn  # noqa: E402
 from bench.task import Case  # noqa: E402
 
-MOST = 40
+MOST = 100
 
 
 def profiled(case, device):

@@ -1,40 +1,57 @@
-"""Gradients of a bf16 run, added to their fp32 sums the moment the backward pass has made them.
+"""Gradients of a bf16 run, added to their fp32 sums the moment the backward pass makes them.
 
 DeepSpeed's BF16_Optimizer keeps every bf16 gradient until the backward pass has ended, zeroes and adds into it the next time, and
 makes an fp32 copy of each before it adds that to the sum: 28 bytes of memory traffic for a parameter and micro-batch, and 2 bytes
-that stay. Here it is 10 and none, and the sums are the same bit by bit.
+that stay. Here matrices add in the product itself (models/summed.py), the few numbers of norms and biases as each gradient comes.
 """
 
 from typing import Any, Callable
 
 import torch
 
-Add = Callable[[torch.Tensor, torch.Tensor], None]
+from . import compat
+from .models import layers
 
 
-def into_sums(optimizer: Any, compiled: bool) -> None:
-    """``optimizer``: DeepSpeed's BF16_Optimizer. ``compiled``: add through torch.compile, whose kernel reads the two dtypes at
-    the memory's speed; torch's own takes half as long again (measured on an H200)."""
-    add = torch.compile(_add, dynamic=True) if compiled else _add
-    for group, parameters in enumerate(optimizer.bf16_groups):
-        for place, parameter in enumerate(parameters):
-            parameter.register_post_accumulate_grad_hook(_hook(optimizer, group, place, add))
+def into_sums(optimizer: Any, model: torch.nn.Module) -> None:
+    """``optimizer``: DeepSpeed's BF16_Optimizer of ``model``. Only one model of a process trains."""
+    totals = {
+        parameter: total
+        for parameters, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients)
+        for parameter, total in zip(parameters, sums)
+    }
+    in_products = set()
+    if compat.has_custom_ops():
+        layers.summed.SUMS.clear()
+        for module in model.modules():
+            if isinstance(module, (layers.Linear, layers.Embedding)):
+                module.sums = True
+                in_products.add(module.weight)
+                layers.summed.SUMS[module.weight.data_ptr()] = totals[module.weight].view(module.weight.shape)
+    for parameter, total in totals.items():
+        parameter._hp_grad = total  # what DeepSpeed's tied reduction looks at
+        if parameter not in in_products:
+            parameter.register_post_accumulate_grad_hook(_adder(total))
+    _count_all(optimizer)
 
 
-def _add(total: torch.Tensor, gradient: torch.Tensor) -> None:
-    total.add_(gradient)
-
-
-def _hook(optimizer: Any, group: int, place: int, add: Add) -> Callable[[torch.Tensor], None]:
-    total = optimizer.fp32_groups_gradients[group][place]  # flat
-
+def _adder(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
     def take(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         with torch.no_grad():
-            add(total, parameter.grad.reshape(-1))
+            total.add_(parameter.grad.reshape(-1))
         parameter.grad = None
-        # What DeepSpeed notes when it adds: for the tied reduction and for the norm.
-        parameter._hp_grad = total  # type: ignore[attr-defined]
-        optimizer.fp32_groups_has_gradients[group][place] = True
 
     return take
+
+
+def _count_all(optimizer: Any) -> None:
+    """DeepSpeed leaves a sum out of the norm unless it has added to it itself. All of them count: what nobody added to is 0."""
+    clear = optimizer.clear_hp_grads
+
+    def cleared() -> None:
+        clear()
+        optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in optimizer.fp32_groups_gradients]
+
+    optimizer.clear_hp_grads = cleared
+    cleared()

@@ -163,11 +163,24 @@ def clip_fp32(optimizer: Any, version: Optional[str]) -> None:
     optimizer.check_overflow = look_and_clip
 
 
+def stop_timing(engine: Any) -> None:
+    """DeepSpeed's throughput timer waits for the GPU before every micro-batch, which then has nothing to do until the host has
+    caught up; 0.9.2 cannot be told not to. Nobody reads it here."""
+    engine.tput_timer.start = engine.tput_timer.stop = lambda *args, **kwargs: None
+
+
 def has_sdpa() -> bool:
     """torch.nn.functional.scaled_dot_product_attention came with torch 2; before, attention is computed step by step."""
     from torch.nn import functional
 
     return hasattr(functional, "scaled_dot_product_attention")
+
+
+def has_custom_ops() -> bool:
+    """torch.library.custom_op, since torch 2.4: an operator of ours inside a compiled block."""
+    import torch
+
+    return release(torch.__version__) >= (2, 4)
 
 
 def fused_adamw(cuda: bool) -> bool:

@@ -113,8 +113,9 @@ class Pipeline:
             model=self.stage, optimizer=optimizer, model_parameters=groups, config=self.settings, dist_init_required=False
         )[0]
         compat.clip_fp32(self.engine.optimizer, deepspeed.__version__)
+        compat.stop_timing(self.engine)
         if config.model.dtype == "bf16" and not parallel.offload:
-            accumulate.into_sums(self.engine.optimizer, config.run.compile)
+            accumulate.into_sums(self.engine.optimizer, self.stage)
             # Without replicas there is nothing to average, but DeepSpeed would still round the fp32 sums to bf16 and back.
             self.engine.pipeline_enable_backward_allreduce = parallel.data > 1
         self.watched = Watched(self.engine, pulse or Pulse.inherited(), cuda, fp16=config.model.dtype == "fp16")
@@ -153,11 +154,22 @@ class Pipeline:
         for group in self.groups:
             group["lr"] = rate
         scale = float(self.loss_scaler.cur_scale) if self.loss_scaler is not None else None
-        loss = float(self.engine.train_batch(batches))
+        loss = float(self.engine.train_batch(self._sent(batches)))
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         skipped = bool(getattr(self.engine.optimizer, "overflow", False))
         busy, span = self.watched.clock.take()
         return StepResult(loss, norm if math.isfinite(norm) and norm >= 0 and not skipped else None, skipped, busy, span, scale)
+
+    def _sent(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """The micro-batches on this rank's device. DeepSpeed would copy them from memory that is not pinned, and wait."""
+        if not self.cuda:
+            return batches
+        device = torch.device("cuda", torch.cuda.current_device())
+
+        def sent(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        return (((sent(ids), sent(places), sent(segments)), sent(targets)) for (ids, places, segments), targets in batches)
 
     def evaluate(self, batches: Iterator[MicroBatch], learnt_tokens: int) -> float:
         """Mean loss over one step's learnt tokens, no gradients."""

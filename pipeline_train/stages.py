@@ -23,43 +23,69 @@ from .models.loss import token_loss
 Wire = Tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+class Latest:
+    """What was last made of a tensor. All blocks of a stage take something made of the same one."""
+
+    def __init__(self) -> None:
+        self.known: Tuple[Any, Any, Any] = (None, None, None)
+
+    def of(self, tensor: torch.Tensor, how: Any, make: Callable[[], Any]) -> Any:
+        """``make()``, unless it was called for this very tensor and an equal ``how`` the last time."""
+        if self.known[0] is not tensor or self.known[1] != how:
+            self.known = tensor, how, make()
+        return self.known[2]
+
+
+MASKS, PLACES = Latest(), Latest()
+
+
 class PipeLayer(torch.nn.Module):
     """A layer on the wire. ``inner`` is the family's module; its state_dict keys are the slot names.
 
     ``recompute``: keep only the block's input for the backward pass and run the block again there.
-    ``compiled``: blocks through torch.compile (one graph serves all), on a GPU with FlexAttention; the loss, too (``Stage.loss``).
+    ``compiled``: through torch.compile (one graph serves all blocks), on a GPU with FlexAttention; the loss, too (``Stage.loss``).
     """
 
     def __init__(self, dims: Dims, layer: int, dtype: torch.dtype, recompute: bool, compiled: bool = False) -> None:
         super().__init__()
         self.kind = dims.kind_of(layer)
         self.recompute = recompute and self.kind == "block"
-        self.compiled = compiled and self.kind == "block"
-        self.head_dim = dims.head_dim
+        self.compiled = compiled and self.kind != "embed"
+        self.dims = dims
         self.inner = build_layer(dims, layer).to(dtype)
         self.faster: Optional[Callable[..., Any]] = torch.compile(self.inner.forward, dynamic=False) if self.compiled else None
 
     def forward(self, wire: Wire) -> Any:
         first, positions, segments = wire
+        block = self.faster or self.inner
         if self.kind == "head":
-            return self.inner(first)
+            return block(first)
         if self.kind == "embed":
-            return self.inner(first), positions, segments
-        block, seen = self.faster or self.inner, self._seen(first, segments)
+            return block(first), positions, segments
+        seen, places = self._seen(first, segments), self._places(first, positions)
         if self.recompute and torch.is_grad_enabled():
             # No dropout anywhere, so the random state need not be replayed.
-            hidden = checkpoint(block, first, positions, seen, use_reentrant=False, preserve_rng_state=False)
+            hidden = checkpoint(block, first, places, seen, use_reentrant=False, preserve_rng_state=False)
         else:
-            hidden = block(first, positions, seen)
+            hidden = block(first, places, seen)
         return hidden, positions, segments
 
     def _seen(self, hidden: torch.Tensor, segments: torch.Tensor) -> Any:
-        """What attention takes: the segments, or FlexAttention's mask of them. Made for each block anew: some 50 us."""
+        """What attention takes: the segments, or FlexAttention's mask of them."""
         if not self.compiled:
             return segments
         from .models import flex  # not in the pinned stack
 
-        return flex.mask_of(segments) if flex.takes(hidden, self.head_dim) else segments
+        if not flex.takes(hidden, self.dims.head_dim):
+            return segments
+        return MASKS.of(segments, None, lambda: flex.mask_of(segments))
+
+    def _places(self, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
+        """What attention takes: the positions, or what the family makes of them."""
+        make = getattr(self.inner, "places", None)
+        if make is None or not self.compiled:
+            return positions
+        return PLACES.of(positions, (self.dims, hidden.dtype), lambda: make(positions, hidden.dtype))
 
 
 class TiedGradient:

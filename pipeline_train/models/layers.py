@@ -3,12 +3,26 @@
 Parameters start as NaN: a stage loads or initialises every one of them, and one that was forgotten shows itself in the first loss.
 """
 
+import importlib
+from typing import Any
+
 import torch
 from torch import nn
 
+from .. import compat
+
+summed: Any = importlib.import_module(".summed", __package__) if compat.has_custom_ops() else None
+
 
 class Linear(nn.Linear):
-    """nn.Linear without the random start, which costs a minute for a 7B model and is overwritten anyway."""
+    """nn.Linear without the random start, which costs a minute for a 7B model and is overwritten anyway.
+
+    ``sums``: the weight's gradient goes to where summed.SUMS says, not into ``weight.grad``."""
+
+    sums = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return summed.linear(x, self.weight, self.bias) if self.sums and torch.is_grad_enabled() else super().forward(x)
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, float("nan"))
@@ -21,7 +35,13 @@ class Embedding(nn.Embedding):
 
     transformers' llama freezes the input embedding of ``pad_token_id``; where that is also the end of a turn (SmolLM2) a token of
     the text would never be trained. Padding gets no gradient here anyway: nothing attends to it and it has no target.
+    ``sums``: as Linear's.
     """
+
+    sums = False
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return summed.embedding(ids, self.weight) if self.sums and torch.is_grad_enabled() else super().forward(ids)
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, float("nan"))

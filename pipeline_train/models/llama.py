@@ -1,7 +1,7 @@
 """The llama family's layers: embed, block, norm + head. Torch only; parameter names are HF's (families/llama.py)."""
 
 import math
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import nn
@@ -57,11 +57,11 @@ class Attention(nn.Module):
         self.v_proj = Linear(dims.hidden, dims.kv_size, bias=dims.attn_bias)
         self.o_proj = Linear(dims.q_size, dims.hidden, bias=dims.attn_bias)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, positions: Any, segments: torch.Tensor) -> torch.Tensor:
         q, k, v = (
             y.unflatten(-1, (-1, self.dims.head_dim)).transpose(1, 2) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
-        cos, sin = rotary(positions, self.dims, x.dtype)
+        cos, sin = rotary(positions, self.dims, x.dtype) if isinstance(positions, torch.Tensor) else positions
         return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v, segments, positions))
 
 
@@ -94,8 +94,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(dims.hidden, dims.norm_eps)
         self.mlp = Mlp(dims)
 
-    def forward(self, hidden: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-        """hidden[B,T,D], positions and segments[B,T] int64 -> hidden[B,T,D]."""
+    def places(self, positions: torch.Tensor, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
+        """What ``forward`` takes in place of positions: all blocks need the same cosines and sines, which cost as much to make as to
+        use."""
+        return rotary(positions, self.self_attn.dims, dtype)
+
+    def forward(self, hidden: torch.Tensor, positions: Any, segments: torch.Tensor) -> torch.Tensor:
+        """hidden[B,T,D], positions and segments[B,T] int64 -> hidden[B,T,D]. In place of the positions: ``places``."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions, segments)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 

@@ -86,8 +86,8 @@ def _compiled_attention(dims: Dims, shape: Shape, heads_in_mask: int) -> int:
 def _llama_compiled(dims: Dims, shape: Shape) -> Layer:
     n, b, wide = shape.tokens, shape.width, 4
     hidden, ffn = n * dims.hidden * b, n * dims.ffn * b
-    # Of both norms input, output and 1/rms; positions in fp32, the frequencies; gate, up and their product.
-    kept = 4 * hidden + 3 * n * wide + 2 * dims.head_dim + _compiled_attention(dims, shape, 1) + 3 * ffn
+    # Of both norms input, output and 1/rms; cosines and sines (those of all blocks are the same); gate, up and their product.
+    kept = 4 * hidden + 2 * n * wide + 2 * n * dims.head_dim * b + _compiled_attention(dims, shape, 1) + 3 * ffn
     return Layer(kept, kept + hidden + 2 * ffn, hidden)
 
 
@@ -151,7 +151,7 @@ def _bloom_embed(dims: Dims, shape: Shape) -> Layer:
 
 def _llama_head(dims: Dims, shape: Shape) -> int:
     n = shape.tokens
-    return n * dims.hidden * (4 + 2 * shape.width) + 4 * n
+    return n * dims.hidden * (2 * shape.width + (0 if shape.compiled else 4)) + 4 * n
 
 
 def _bloom_head(dims: Dims, shape: Shape) -> int:

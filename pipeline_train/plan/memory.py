@@ -10,7 +10,7 @@ number of parameters, D the number of replicas (ZeRO-1 gives each 1/D of the opt
  current, fp32      4        4                12/D                  4/D: the gradient flat
  pinned, fp16       2        2                12/D                  as above; then, gradients gone, fp32 gradient 4/D and 8/D
                                                                     of torch 1.13's AdamW, which is not fused: two temporaries
-In bf16 a gradient is added to its sum (accumulate.py; ZeRO-1 does so itself) and gone before the next is made.
+In bf16 the product that makes a matrix's gradient adds it to the sum (accumulate.py); with offload ZeRO-1 adds each as it comes.
 Sources: DeepSpeed 0.19.8 and 0.9.2 runtime/zero/stage_1_and_2.py and runtime/bf16_optimizer.py (step, reduction, norm),
 runtime/pipe/engine.py (buffers), runtime/pipe/schedule.py (1F1B), torch/optim/adamw.py; engine.py of this package (settings).
 """
@@ -159,7 +159,7 @@ def running_bytes(sizes: Sizes, setup: Setup, stage: int, part: Part) -> Tuple[i
     """-> (kept for backward by everything in flight, peak while a micro-batch runs; both without ``static_bytes``)."""
     dims, shape, keep = sizes.dims, setup.shape, FAMILIES_KEEP[sizes.dims.family]
     n, b = shape.tokens, shape.width
-    hidden, ints = n * dims.hidden * b, 16 * n  # positions and segments
+    hidden, ints, wide = n * dims.hidden * b, 16 * n, 4 * n * dims.hidden  # ints: positions and segments
     flight = min(setup.pipe - stage, setup.micro_batches)
     block = keep.block(dims, shape)
     each = block.input if setup.recompute else block.kept
@@ -173,24 +173,25 @@ def running_bytes(sizes: Sizes, setup: Setup, stage: int, part: Part) -> Tuple[i
     stale = logits if part.head and setup.micro_batches > 1 else 0
     # From the second micro-batch on a weight's gradient is made beside the sum so far. With one micro-batch none is there yet
     # when the backward pass begins (the engine drops them after each step): each layer adds its own.
-    adds, stays = setup.micro_batches > 1, 0 if setup.sums else b
+    adds, stays, made = setup.micro_batches > 1, 0 if setup.sums else b, 0 if setup.bf16_optimizer else b
     params = sizes.parameters(part) * stays
     head, blocks = sizes.params[2] * stays * part.head, sizes.params[1] * stays * part.blocks
     # A compiled block hands over the gradients of all its weights at once.
-    made = sizes.params[1] if setup.compiled else sizes.largest[1]
+    gradients = (sizes.params[1] if setup.compiled else sizes.largest[1]) * made
+    vocabulary = dims.vocab * dims.hidden * made
     highest, kept_then = [], kept
     if part.head:
         chunk = 0 if setup.compiled else min(n * dims.vocab, LOSS_CHUNK)
         there = params * adds
         highest.append(kept + logits + 4 * chunk * (2 if b == 2 else 1) + there)  # their gradient, in pieces through fp32
-        highest.append(kept + logits + hidden + dims.vocab * dims.hidden * b + there)  # the head's gradient
+        highest.append(kept + logits + hidden + vocabulary + there)  # the head's gradient
         kept_then = kept - norm
     if part.blocks:
         there = params if adds else head
-        highest.append(kept_then - block.kept * (not setup.recompute) + block.peak + made * b + there)
+        highest.append(kept_then - block.kept * (not setup.recompute) + block.peak + gradients + there)
     if part.embed:
         there = params if adds else head + blocks
-        highest.append(wire + logits + hidden + embed + dims.vocab * dims.hidden * b + there)
+        highest.append(wire + logits + hidden + embed + (vocabulary or 2 * wide) + there)
     peak = max(highest) - params  # which static_bytes has counted
     received = hidden + ints if stage > 0 else hidden if not part.head else 0
     activations = flight * kept + stale

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
 
-from .cache import SlotCache, Step
+from .cache import FixedStep, SlotCache, Step
 
 
 def register(name: str, cache: SlotCache) -> None:
@@ -34,6 +34,8 @@ def register(name: str, cache: SlotCache) -> None:
             raise NotImplementedError("attention with %s" % unknown[0])
         step = cache.step
         assert step is not None
+        if isinstance(step, FixedStep):
+            return _fixed(query, key, value, step, scaling, sliding_window), None
         out = (_decode if step.decode else _prefill)(query, key, value, step, scaling, sliding_window)
         return out, None
 
@@ -71,3 +73,30 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: Optional[float]
     if window:
         seen = seen & (column > place - window)
     return sdpa(q, k, v, attn_mask=seen, scale=scale).transpose(1, 2)
+
+
+def _fixed(q: Tensor, k: Tensor, v: Tensor, step: FixedStep, scale: Optional[float], window: Optional[int]) -> Tensor:
+    """Rows behind ``step.active`` get zeros. The mask is made by the first layer that needs it."""
+    rows, heads, count, size = q.shape
+    groups = heads // k.shape[1]
+    if window not in step.masks:
+        step.masks[window] = mask(step.columns[: step.active], count, step.width, q.dtype, window)
+    if step.decode:
+        q = q[: step.active].reshape(step.active, k.shape[1], groups, size)  # no key is copied for the heads that share it
+    elif groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    out = sdpa(q, k, v, attn_mask=step.masks[window], scale=scale)
+    if not step.decode:
+        return out.transpose(1, 2)
+    out = out.reshape(step.active, 1, heads, v.shape[3])
+    return out if rows == step.active else torch.cat([out, out.new_zeros(rows - step.active, *out.shape[1:])])
+
+
+def mask(columns: Tensor, count: int, width: int, dtype: torch.dtype, window: Optional[int] = None) -> Tensor:
+    """What to add to the scores of ``count`` new tokens at ``columns`` [B].. of each row: [B, 1, count, width]."""
+    place = (columns[:, None] + torch.arange(count, device=columns.device))[:, None, :, None]
+    column = torch.arange(width, device=columns.device)
+    hidden = column > place
+    if window:
+        hidden = hidden | (column <= place - window)
+    return torch.zeros(hidden.shape, dtype=dtype, device=columns.device).masked_fill(hidden, torch.finfo(dtype).min)

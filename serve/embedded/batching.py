@@ -81,7 +81,7 @@ class Scheduler:
         """New requests from the inbox; waits for one when there is nothing to do. False: stop."""
         idle = not self._rows and not self._waiting
         if idle:
-            self._engine.clear()
+            self._engine.rest(self._max_tokens)
             self._gauges()
         while idle or not self._inbox.empty():
             job = self._inbox.get()
@@ -207,7 +207,8 @@ class Scheduler:
 def choose(rows: List[Row], logits: Tensor) -> List[Union[Choice, ApiError]]:
     """The next token of each row; ``logits`` [B, V]. How a row is treated depends on that row alone, and so does its failure."""
     plain = [place for place, row in enumerate(rows) if row.sampler.plain]
-    found: Dict[int, Union[Choice, ApiError]] = dict(zip(plain, pick_plain(logits[plain]))) if plain else {}
+    some = logits if len(plain) == len(rows) else logits[plain]
+    found: Dict[int, Union[Choice, ApiError]] = dict(zip(plain, pick_plain(some))) if plain else {}
     for place, row in enumerate(rows):
         if place not in found:
             try:

@@ -5,8 +5,8 @@ row 1   k0 k1 __ __ __ __ __ __      there. Joining is writing into the next fre
 row 2   k0 k1 k2 __ __ __ __ __      hole. The tables grow by doubling and are dropped when nobody runs.
 """
 
-from dataclasses import dataclass
-from typing import Any, List, Optional, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -36,6 +36,25 @@ class Step:
         self.rows = torch.arange(self.first, self.first + len(self.starts), device=self.device)
 
 
+@dataclass
+class FixedStep:
+    """A forward pass whose shape is fixed and whose numbers lie in tensors that are overwritten before each run (recorded.py).
+
+    ``rows``: the cache's row of each new token, [``active``], or [``count``] all the same; ``columns``: where each row's first new
+    token stands, [B] with B >= ``active``: what is computed for the rows behind is dropped. ``last``: the token whose logits are
+    wanted, [1], None: the only one.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    count: int
+    decode: bool
+    width: int
+    active: int
+    last: Optional[Tensor] = None
+    masks: Dict[Optional[int], Tensor] = field(default_factory=dict)  # attention's, one for each sliding window
+
+
 class SlotCache(Cache):
     """What transformers' models call ``past_key_values``. Set ``step`` before each forward pass."""
 
@@ -43,7 +62,7 @@ class SlotCache(Cache):
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.step: Optional[Step] = None
+        self.step: Union[Step, FixedStep, None] = None
         self._keys: List[Tensor] = []
         self._values: List[Tensor] = []
 
@@ -54,10 +73,8 @@ class SlotCache(Cache):
         while len(self._keys) <= layer_idx:
             self._keys.append(key_states.new_empty(0))
             self._values.append(value_states.new_empty(0))
-        return (
-            self._store(self._keys, layer_idx, key_states, self.step),
-            self._store(self._values, layer_idx, value_states, self.step),
-        )
+        store: Any = self._store_fixed if isinstance(self.step, FixedStep) else self._store
+        return store(self._keys, layer_idx, key_states, self.step), store(self._values, layer_idx, value_states, self.step)
 
     @staticmethod
     def _store(tables: List[Tensor], layer: int, new: Tensor, step: Step) -> Tensor:
@@ -69,13 +86,35 @@ class SlotCache(Cache):
             table[step.first, :, step.starts[0] : step.starts[0] + step.count] = new[0]
         return table[step.first : rows, :, : step.width]
 
+    @staticmethod
+    def _store_fixed(tables: List[Tensor], layer: int, new: Tensor, step: FixedStep) -> Tensor:
+        """The table is large enough: ``reserve``."""
+        table = tables[layer]
+        if step.decode:
+            table[step.rows, :, step.columns[: step.active]] = new[: step.active, :, 0]
+            return table[: step.active, :, : step.width]
+        table[step.rows, :, step.columns + torch.arange(step.count, device=table.device)] = new[0].transpose(0, 1)
+        return table[:, :, : step.width].index_select(0, step.rows[:1])
+
+    @property
+    def size(self) -> Tuple[int, int]:
+        """Rows and columns that there are."""
+        return (self._keys[0].shape[0], self._keys[0].shape[2]) if self._keys else (0, 0)
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """At least so many. The first forward pass must have been: it makes the tables."""
+        for tables in (self._keys, self._values):
+            tables[:] = [_copied(table, table, max(rows, table.shape[0]), max(columns, table.shape[2])) for table in tables]
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` columns of a row over another row, in every layer."""
         for table in self._keys + self._values:
             table[target, :, :length] = table[source, :, :length]
 
     def clear(self) -> None:
-        self._keys, self._values, self.step = [], [], None
+        self.step = None
+        for tables in (self._keys, self._values):
+            tables[:] = [table.new_empty(0, table.shape[1], 0, table.shape[3]) for table in tables]
 
     @property
     def bytes_per_token(self) -> int:
@@ -105,7 +144,12 @@ def _grown(table: Tensor, new: Tensor, rows: int, columns: int) -> Tensor:
     more_columns = max(have_columns, COLUMNS)
     while more_columns < columns:
         more_columns *= 2
-    grown = new.new_zeros(more_rows, new.shape[1], more_columns, new.shape[3])
-    if have_rows:
-        grown[:have_rows, :, :have_columns] = table
-    return grown
+    return _copied(table, new, more_rows, more_columns)
+
+
+def _copied(table: Tensor, new: Tensor, rows: int, columns: int) -> Tensor:
+    """A table of that size for keys like ``new``, with what ``table`` has."""
+    copied = new.new_zeros(rows, new.shape[1], columns, new.shape[3])
+    if table.dim() == 4:
+        copied[: table.shape[0], :, : table.shape[2]] = table
+    return copied

@@ -4,7 +4,8 @@ Before it serves, every model shows that this gives the logits of a plain forwar
 """
 
 import inspect
-from typing import Any, Dict, List, Optional
+import logging
+from typing import Any, Callable, Dict, List, Optional, Union
 
 import torch
 from safetensors import SafetensorError
@@ -13,9 +14,11 @@ from torch import Tensor
 from pipeline_train import proof
 from pipeline_train.errors import RunFailed, UserError
 
-from . import attention, packed
-from .cache import COLUMNS, SlotCache, Step
+from . import alibi, attention, norms, packed
+from .cache import COLUMNS, FixedStep, SlotCache, Step
+from .recorded import PIECES, Recorded, Run, graphs
 
+LOG = logging.getLogger("pipedock.serve")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
 
@@ -38,19 +41,27 @@ class Engine:
         self._arguments = set(inspect.signature(self.model.forward).parameters)
         self._cache = SlotCache()
         self._own_attention = bool(getattr(self.model, "_supports_attention_backend", False))
-        self._keep = 1
+        self._keep: Union[int, Tensor] = 1  # for which positions the head computes: so many at the end, or one by its number
+        self._recorded: Optional[Recorded] = None
+        self._slopes = False
         self.kv_bytes = 0
         with torch.inference_mode():
             self._settle()
 
     def prefill(self, row: int, ids: List[int], start: int, all_logits: bool = False) -> Tensor:
         """Read ``ids`` at columns ``start``.. of ``row`` -> logits float [1, V] behind the last, or [n, V] behind each."""
+        if self._recorded and (self._own_attention or self._slopes) and not all_logits and len(ids) <= PIECES[-1]:
+            return self._recorded.prefill(row, ids, start)
+        if self._recorded:
+            self._recorded.room(row + 1, start + len(ids))
         self._keep = len(ids) if all_logits else 1
         step = Step(row, [start], len(ids), False, self.device)
         return self._forward(torch.tensor([ids], device=self.device), step)[0]
 
     def decode(self, tokens: List[int], lengths: List[int]) -> Tensor:
         """Add one token to each of the rows 0..B-1, which hold ``lengths`` tokens -> logits float [B, V]."""
+        if self._recorded:
+            return self._recorded.decode(tokens, lengths)
         self._keep = 1
         step = Step(0, lengths, 1, True, self.device)
         return self._forward(torch.tensor(tokens, device=self.device)[:, None], step)[:, 0]
@@ -59,13 +70,31 @@ class Engine:
     def attention(self) -> str:
         return "our own" if self._own_attention else "the model's own"
 
+    @property
+    def graphs(self) -> bool:
+        """Whether passes are recorded."""
+        return self._recorded is not None
+
     def move(self, source: int, target: int, length: int) -> None:
         self._cache.move(source, target, length)
 
     def clear(self) -> None:
+        """Give the memory of keys and values back."""
+        if self._recorded:
+            self._recorded.forget()
         self._cache.clear()
 
-    def _forward(self, ids: Tensor, step: Step) -> Tensor:
+    def rest(self, tokens: int) -> None:
+        """Nobody runs: as ``clear``, but up to so many tokens' memory stays where passes are recorded over it."""
+        rows, columns = self._cache.size
+        if self._recorded is None or rows * columns > tokens:
+            self.clear()
+
+    def _fixed(self, ids: Tensor, step: FixedStep) -> Tensor:
+        self._keep = 1 if step.last is None else step.last
+        return self._forward(ids, step)
+
+    def _forward(self, ids: Tensor, step: Union[Step, FixedStep]) -> Tensor:
         self._cache.step = step
         span = torch.arange(step.count, device=self.device)
         inputs: Dict[str, Any] = {"input_ids": ids, "past_key_values": self._cache, "use_cache": True}
@@ -73,26 +102,35 @@ class Engine:
             inputs["position_ids"] = step.columns[:, None] + span
         if "cache_position" in self._arguments:
             inputs["cache_position"] = step.width - step.count + span
-        if not self._own_attention:
+        if self._slopes:
+            inputs["attention_mask"] = attention.mask(step.columns, step.count, step.width, self.dtype)
+        elif not self._own_attention:
             last = step.columns[:, None] + step.count
             inputs["attention_mask"] = (torch.arange(step.width, device=self.device) < last).long()
         return self.model(**inputs).logits.float()
 
     def _settle(self) -> None:
-        """Switch to our attention and, on a CPU, packed weights; keep them if the model still computes the same."""
-        samples = _samples(self.vocab)
-        wanted = [
-            self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, -3:].float() for ids in samples
+        """Switch to our attention, on a CPU to packed weights, on a GPU to recorded passes; keep what computes the same."""
+        self._wanted = [
+            self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, -3:].float()
+            for ids in _samples(self.vocab)
         ]
-        usual = self.model.config._attn_implementation
         if self.device.type == "cpu" and packed.available():
             packed.pack(self.model)
-        self.model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0][:, -self._keep :],) + args[1:])
+        self.model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (self._kept(args[0]),) + args[1:])
+        self._slopes = alibi.keep_slopes(self.model)
+        self._settle_attention()
+        if self.device.type == "cuda":
+            norms.fuse(self.model)
+            self.record(graphs)
+
+    def _settle_attention(self) -> None:
+        usual = self.model.config._attn_implementation
         if self._own_attention:
             name = "pipedock-%d" % id(self._cache)
             attention.register(name, self._cache)
             self.model.set_attn_implementation(name)
-            if self._same(samples, wanted) is None:
+            if self._same() is None:
                 return
             self._own_attention = False
             self.model.set_attn_implementation(usual)
@@ -100,25 +138,36 @@ class Engine:
         if window and getattr(self.model.config, "use_sliding_window", True):
             # Rows of different lengths would need windows of their own: stay inside the window, where it hides nothing.
             self.max_positions = min(self.max_positions, int(window) // COLUMNS * COLUMNS)
-        problem = self._same(samples, wanted)
+        problem = self._same()
         if problem is not None:
             raise RunFailed("%s: models of type %s cannot be served in batches here" % (problem, self.model.config.model_type))
 
-    def _same(self, samples: List[List[int]], wanted: List[Tensor]) -> Optional[str]:
-        """None when prefill and two decode steps of all samples together give ``wanted``, else what went wrong."""
-        worst = 0.0
+    def record(self, recorder: Callable[[], Callable[[Run], Run]]) -> None:
+        """Run recorded passes from now on, if they compute the same; see Recorded."""
+        self._recorded = Recorded(self._cache, self.device, self._fixed, self._own_attention, recorder)
+        problem = self._same()
+        if problem is not None:
+            self._recorded = None
+            LOG.warning("%s is served without CUDA graphs, slower: %s", self.model.config.model_type, problem)
+
+    def _kept(self, hidden: Tensor) -> Tensor:
+        return hidden[:, -self._keep :] if isinstance(self._keep, int) else hidden.index_select(1, self._keep)
+
+    def _same(self) -> Optional[str]:
+        """None when prefill and two decode steps of all samples together give what a plain pass gave, else what went wrong."""
+        worst, samples = 0.0, _samples(self.vocab)
         try:
-            got = [[self.prefill(row, ids[:-2], 0)[0]] for row, ids in enumerate(samples)]
+            got = [[self.prefill(row, ids[:-2], 0)[0].clone()] for row, ids in enumerate(samples)]
             for back in (2, 1):
                 logits = self.decode([ids[-back] for ids in samples], [len(ids) - back for ids in samples])
                 for row, values in enumerate(logits):
-                    got[row].append(values)
+                    got[row].append(values.clone())  # a recorded pass writes its result into the same place again
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             return str(error)
         finally:
             self.kv_bytes = self._cache.bytes_per_token
             self.clear()
-        for mine, theirs in zip(got, wanted):
+        for mine, theirs in zip(got, self._wanted):
             worst = max(worst, float((torch.stack(mine) - theirs).abs().max() / theirs.abs().max()))
         limit = TOLERANCE[self.dtype]
         return None if worst <= limit else "batched logits are %.1e away from a plain forward pass (allowed %.0e)" % (worst, limit)

@@ -19,7 +19,7 @@ ROWS = [
      "scattered", "gather", "loss_scale"},
     {"compat"},
     {"models", "data", "plan", "random_model", "identity"},
-    {"stages", "weights", "instructions"},
+    {"stages", "weights", "instructions", "accumulate"},
     {"engine", "optimizer", "checkpoint", "masters", "metrics", "sinks"},
     {"loop", "worker", "selftest"},
     {"prepare", "device", "nodes", "remote", "gather_ssh"},

@@ -1,6 +1,7 @@
 """Rows of the slot cache compute what transformers computes, and the same bits in any company."""
 
 import random
+import weakref
 
 import pytest
 
@@ -9,7 +10,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from pipeline_train.errors import RunFailed, UserError  # noqa: E402
-from serve.embedded import packed  # noqa: E402
+from serve.embedded import alibi, norms, packed  # noqa: E402
 from serve.embedded.engine import Engine  # noqa: E402
 from tests.models import make_hf, tiny_config  # noqa: E402
 
@@ -25,12 +26,27 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(CASES))
+def as_a_graph(run):
+    """What a CUDA graph does, on a CPU: the result is always in the same place, and what was recorded is not kept by it."""
+    place, recorded = run().clone(), weakref.ref(run)
+
+    def again():
+        return place.copy_(recorded()())
+
+    return again
+
+
+@pytest.fixture(scope="module", params=sorted(CASES) + ["llama-recorded", "llama-gqa-tied-recorded", "bloom-recorded"])
 def pair(request, tmp_path_factory):
     """(the engine, the plain model)"""
     folder = tmp_path_factory.mktemp(request.param)
-    model = make_hf(folder, CASES[request.param])
-    return Engine(str(folder)), model
+    model = make_hf(folder, CASES[request.param.replace("-recorded", "")])
+    engine = Engine(str(folder))
+    if request.param.endswith("-recorded"):
+        with torch.inference_mode():
+            engine.record(lambda: as_a_graph)
+        assert engine.graphs
+    return engine, model
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +134,78 @@ def test_own_attention_where_the_model_lets_us(pair):
     engine, model = pair
     assert engine.attention == ("our own" if model.config.model_type == "llama" else "the model's own")
     assert engine.kv_bytes > 0
+
+
+def test_a_prompt_that_is_read_while_others_decode(pair):
+    """Recorded passes compute rows that nobody uses: a row whose prompt is half read must not notice."""
+    engine, model = pair
+    first, second = [5, 6, 7], list(range(10, 50))
+    engine.clear()
+    engine.prefill(0, first, 0)
+    engine.prefill(1, second[:20], 0)
+    engine.decode([3], [3])
+    logits = engine.prefill(1, second[20:], 20)[-1]
+    wanted = model(torch.tensor([second])).logits[0, -1]
+    assert torch.allclose(logits, wanted, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_a_pass_is_recorded_once_for_its_shape(tmp_path):
+    recorded = []
+    make_hf(tmp_path, CASES["llama"])
+    engine = Engine(str(tmp_path))
+    engine.record(lambda: lambda run: recorded.append(1) or run)
+    recorded.clear()
+    for _ in range(2):
+        engine.prefill(0, [5] * 20, 0)  # a piece of 64
+        for length in range(20, 30):
+            engine.decode([5], [length])
+        engine.rest(10**6)
+    assert len(recorded) == 2
+    engine.prefill(1, [5] * 200, 0)  # of 256: rows and columns grow, so the tables move
+    engine.decode([5, 6], [30, 200])
+    engine.decode([5], [30])
+    assert len(recorded) == 5
+    engine.rest(100)  # less than the tables hold
+    engine.prefill(0, [5] * 20, 0)
+    assert len(recorded) == 6
+
+
+def test_a_model_that_cannot_be_recorded_is_served_all_the_same(tmp_path, caplog):
+    def fails(run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model = make_hf(tmp_path, CASES["llama"])
+    engine = Engine(str(tmp_path))
+    engine.record(lambda: fails)
+    assert "llama is served without CUDA graphs, slower: operation not permitted when stream is capturing" in caplog.text
+    assert greedy_alone(engine, [5, 6, 7], 4)[0] == plain_greedy(model, [5, 6, 7], 4)
+
+
+@pytest.mark.parametrize("heads", [4, 6])
+def test_alibi_with_kept_slopes_is_the_same(tmp_path, heads):
+    model = make_hf(tmp_path, tiny_config("bloom", hidden_size=96, n_head=heads))
+    mask = (torch.arange(9) < torch.tensor([[9], [4]])).long()
+    wanted = model.transformer.build_alibi_tensor(mask, heads, torch.float32)
+    assert alibi.keep_slopes(model) and not alibi.keep_slopes(make_hf(tmp_path, CASES["llama"]))
+    found = model.transformer.build_alibi_tensor(mask, heads, torch.float32)
+    visible = mask.bool().repeat_interleave(heads, 0)[:, None]
+    assert found.shape == wanted.shape and torch.equal(found[visible], wanted[visible])
+
+
+@pytest.mark.parametrize("weights, fused", [("ones", True), ("random", True), ("one more", False)])
+def test_norms_are_fused_where_they_are_the_same(weights, fused):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    norm = LlamaRMSNorm(64)
+    if weights != "ones":
+        norm.weight.copy_(torch.randn(64))
+    if weights == "one more":
+        norm.forward = lambda x, plain=norm.forward: plain(x) + x  # as if it multiplied by 1 + w
+    x = torch.randn(3, 64)
+    wanted = norm(x)
+    assert norms.fuse(torch.nn.Sequential(norm)) == fused
+    assert ("rms_norm" in norm.forward.__code__.co_names) == fused
+    assert torch.allclose(norm(x), wanted, rtol=1e-6)
 
 
 @pytest.mark.skipif(not packed.available(), reason="this torch has no oneDNN")

@@ -61,10 +61,10 @@ def test_a_compiled_layer_has_the_same_names():
     assert list(compiled.state_dict()) == list(plain.state_dict())
 
 
-def test_only_blocks_are_compiled(monkeypatch):
+def test_blocks_and_head_are_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function, raising=False)
     dims = families.dims_of(LLAMA)
-    assert [PipeLayer(dims, n, torch.float32, False, True).faster is not None for n in (0, 1, 4)] == [False, True, False]
+    assert [PipeLayer(dims, n, torch.float32, False, True).faster is not None for n in (0, 1, 4)] == [False, True, True]
     assert PipeLayer(dims, 1, torch.float32, False).faster is None
 
 

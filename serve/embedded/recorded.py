@@ -1,0 +1,115 @@
+"""Forward passes of a few fixed shapes, recorded once and run again: on a GPU as CUDA graphs.
+
+A decode step of a small model is a thousand kernels of microseconds, and Python needs longer to launch one than the GPU to run it.
+A recorded pass is launched as a whole. Its shape and its addresses are fixed, so what differs from step to step is written into a
+tensor of numbers that the pass reads:
+
+decode   one token for each of B rows. B is at least ``LEAST``, whoever is there: the same kernels for one request as for many, and
+         so the same bits. Attention is computed for the next power of two of the rows in use.
+prefill  a piece of a prompt, padded to one of ``PIECES``; what the padding writes behind the prompt is overwritten by what follows.
+
+Rows that are not in use write their key into the table's last column, which nobody reads.
+"""
+
+from typing import Callable, Dict, List, Tuple
+
+import torch
+from torch import Tensor
+
+from .cache import COLUMNS, FixedStep, SlotCache
+
+LEAST = 64
+PIECES = (16, 64, 256)
+NARROW = 128  # the fewest columns that a pass is recorded for
+
+Forward = Callable[[Tensor, FixedStep], Tensor]  # ids [B, n] -> logits [B, n or 1, V]
+Run = Callable[[], Tensor]
+
+
+class Recorded:
+    """``forward``: the model's. ``wide``: it can compute more rows than the cache has. ``recorder``: gives a function that makes
+    of a pass one that runs faster; called again whenever all passes are forgotten. See ``graphs``."""
+
+    def __init__(
+        self, cache: SlotCache, device: torch.device, forward: Forward, wide: bool, recorder: Callable[[], Callable[[Run], Run]]
+    ) -> None:
+        self._cache, self._device, self._forward = cache, device, forward
+        self._least, self._recorder, self._record = LEAST if wide else 1, recorder, recorder()
+        self._runs: Dict[Tuple[int, ...], Tuple[Tensor, Run, Run]] = {}
+
+    def decode(self, tokens: List[int], lengths: List[int]) -> Tensor:
+        """As Engine.decode."""
+        active, width = _power(len(tokens)), max(NARROW, _power(max(lengths) + 1))
+        self.room(len(tokens), width)
+        batch = max(self._least, active)
+        pads = batch - len(tokens)
+        given = tokens + [0] * pads + lengths + [self._cache.size[1] - 1] * pads
+        return self._run((active, width), given, self._decode_pass)[: len(tokens), 0]
+
+    def prefill(self, row: int, ids: List[int], start: int) -> Tensor:
+        """As Engine.prefill, logits behind the last token only; at most PIECES[-1] of them."""
+        count = next(piece for piece in PIECES if piece >= len(ids))
+        width = max(NARROW, _power(start + count))
+        self.room(row + 1, width)
+        given = ids + [0] * (count - len(ids)) + [row, start, len(ids) - 1]
+        return self._run((0, width, count), given, self._prefill_pass)[0]
+
+    def room(self, rows: int, columns: int) -> None:
+        """Make the cache large enough; then the addresses have changed."""
+        have_rows, have_columns = self._cache.size
+        if have_rows < rows or have_columns <= columns:
+            self.forget()
+            self._cache.reserve(_power(rows), columns + COLUMNS)
+
+    def forget(self) -> None:
+        self._runs.clear()
+        self._record = self._recorder()
+
+    def _run(self, key: Tuple[int, ...], given: List[int], make: Callable[[Tensor, Tuple[int, ...]], Run]) -> Tensor:
+        if key not in self._runs:
+            numbers = torch.tensor(given, device=self._device)
+            plain = make(numbers, key)
+            self._runs[key] = numbers, self._record(plain), plain  # the last one owns tensors whose addresses were recorded
+        numbers, run, _ = self._runs[key]
+        numbers.copy_(torch.tensor(given))
+        return run()
+
+    def _decode_pass(self, numbers: Tensor, key: Tuple[int, ...]) -> Run:
+        active, width = key
+        tokens, columns = numbers.chunk(2)
+        rows = torch.arange(active, device=self._device)
+        return lambda: self._forward(tokens[:, None], FixedStep(rows, columns, 1, True, width, active))
+
+    def _prefill_pass(self, numbers: Tensor, key: Tuple[int, ...]) -> Run:
+        _, width, count = key
+        rows, start, last = numbers[count : count + 1].expand(count), numbers[count + 1 : count + 2], numbers[count + 2 :]
+        return lambda: self._forward(numbers[None, :count], FixedStep(rows, start, count, False, width, 1, last))
+
+
+def graphs() -> Callable[[Run], Run]:
+    """Recording as CUDA graphs that share one pool of memory, which goes with the last of them: the result of one lasts until any
+    of them runs again."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(run: Run) -> Run:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries make themselves ready in a first run, which must not be recorded
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = run()
+
+        def again() -> Tensor:
+            graph.replay()
+            return result
+
+        return again
+
+    return record
+
+
+def _power(number: int) -> int:
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()
