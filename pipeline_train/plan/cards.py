@@ -3,7 +3,7 @@
 import difflib
 import shutil
 import subprocess
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from ..errors import UserError
 
@@ -14,7 +14,8 @@ RESERVE = 0.03  # of the card: the allocator's holes, blocks that do not fit int
 class Gpu(NamedTuple):
     """``gib``: what CUDA can hand out (ECC and firmware taken off). ``tflops``: dense fp16 or bf16. ``gbs``: memory bandwidth,
     10^9 bytes a second. ``bf16``: computes in it. ``link``: how most boxes connect it. ``mfu``: the share of ``tflops`` that the
-    blocks' arithmetic reaches, recomputation counted as work; ``source``: where that comes from."""
+    blocks' arithmetic reaches, recomputation counted as work; ``source``: where that comes from. ``compiled``: the same with
+    run.compile, None where nobody has measured it."""
 
     gib: float
     tflops: float
@@ -23,8 +24,10 @@ class Gpu(NamedTuple):
     link: str
     mfu: float
     source: str
+    compiled: Optional[float] = None
 
 
+COMPILED = "measured with run.compile on an H200, benchmarks/results"
 MEASURED = "measured: one stage, plain blocks, benchmarks/results"
 PUBLISHED = "from published rates of pipeline training on eight of them"
 ASSUMED = "assumed, not measured"
@@ -40,8 +43,8 @@ GPUS = {
     "l40s": Gpu(44.32, 362, 864, True, "pcie4", 0.35, ASSUMED),
     "4090": Gpu(23.53, 165, 1008, True, "pcie4", 0.40, ASSUMED),
     "5090": Gpu(31.36, 210, 1792, True, "pcie5", 0.40, ASSUMED),
-    "h100-80g": Gpu(79.10, 989, 3350, True, "nvlink", 0.355, MEASURED),
-    "h200": Gpu(139.72, 989, 4800, True, "nvlink", 0.355, ASSUMED),
+    "h100-80g": Gpu(79.10, 989, 3350, True, "nvlink", 0.355, MEASURED, 0.60),
+    "h200": Gpu(139.72, 989, 4800, True, "nvlink", 0.355, ASSUMED, 0.60),
     "b200": Gpu(178.35, 2250, 8000, True, "nvlink", 0.30, ASSUMED),
 }  # type: Dict[str, Gpu]
 ALIASES = {"v100": "v100-32g", "a100": "a100-80g", "h100": "h100-80g", "a10": "a10-24g", "a6000": "a6000-48g"}
@@ -135,6 +138,12 @@ def peak_flops(device: str) -> float:
         return 756e12
     names = next((names for part, names in CUDA_NAMES if part in device), None)
     return GPUS[names[0]].tflops * 1e12 if names else 0.0
+
+
+def share_of_peak(name: str, compiled: bool) -> Tuple[float, str]:
+    """What a card's arithmetic reaches of its peak, and where that number comes from."""
+    card = GPUS[name]
+    return (card.compiled, COMPILED) if compiled and card.compiled is not None else (card.mfu, card.source)
 
 
 def usable(name: str) -> float:

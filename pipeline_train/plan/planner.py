@@ -117,7 +117,8 @@ def _describe(
 ) -> Dict[str, Any]:
     dims, card = sizes.dims, cards.GPUS[gpu]
     name = link or card.link
-    fast = speed(dims, sizes, setup, boundaries, gpu, cards.link_named(name), mfu or card.mfu)
+    share, source = (mfu, "given") if mfu else cards.share_of_peak(gpu, setup.compiled)
+    fast = speed(dims, sizes, setup, boundaries, gpu, cards.link_named(name), share)
     memory, limit = gib_of(sizes, setup, boundaries), cards.usable(gpu)
     stages = []
     for stage, (start, end) in enumerate(zip(boundaries, boundaries[1:])):
@@ -133,7 +134,7 @@ def _describe(
         "compile": setup.compiled,
         "seq_len": setup.seq_len, "micro": setup.micro, "micro_batches": setup.micro_batches,
         "parts": parts_of(boundaries), "bubble": fast.bubble, "tokens_per_s": round(fast.tokens_per_s, 1),
-        "step_s": round(fast.step_s, 4), "mfu": mfu or card.mfu, "mfu_source": "given" if mfu else card.source, "link": name,
+        "step_s": round(fast.step_s, 4), "mfu": share, "mfu_source": source, "link": name,
         "boundary_mib": round(fast.boundary_bytes / 2**20, 2), "boundary_s": round(fast.boundary_s, 6), "stages": stages,
     }  # fmt: skip
 

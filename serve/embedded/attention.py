@@ -76,8 +76,8 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: Optional[float]
 
 
 def _fixed(q: Tensor, k: Tensor, v: Tensor, step: FixedStep, scale: Optional[float], window: Optional[int]) -> Tensor:
-    """Rows behind ``step.active`` get zeros. The mask is made by the first layer that needs it."""
-    rows, heads, count, size = q.shape
+    """Rows behind ``step.active`` get their own queries back, anything finite. The first layer makes the mask."""
+    given, (rows, heads, count, size) = q, q.shape
     groups = heads // k.shape[1]
     if window not in step.masks:
         step.masks[window] = mask(step.columns[: step.active], count, step.width, q.dtype, window)
@@ -89,7 +89,7 @@ def _fixed(q: Tensor, k: Tensor, v: Tensor, step: FixedStep, scale: Optional[flo
     if not step.decode:
         return out.transpose(1, 2)
     out = out.reshape(step.active, 1, heads, v.shape[3])
-    return out if rows == step.active else torch.cat([out, out.new_zeros(rows - step.active, *out.shape[1:])])
+    return out if rows == step.active else torch.cat([out, given[step.active :].transpose(1, 2)[..., : v.shape[3]]])
 
 
 def mask(columns: Tensor, count: int, width: int, dtype: torch.dtype, window: Optional[int] = None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline_train import proof
 from pipeline_train.errors import RunFailed, UserError
 
-from . import alibi, attention, norms, packed
+from . import alibi, attention, fused, packed
 from .cache import COLUMNS, FixedStep, SlotCache, Step
 from .recorded import PIECES, Recorded, Run, graphs
 
@@ -119,9 +119,10 @@ class Engine:
             packed.pack(self.model)
         self.model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (self._kept(args[0]),) + args[1:])
         self._slopes = alibi.keep_slopes(self.model)
+        if self.device.type == "cuda":
+            fused.fuse(self.model)
         self._settle_attention()
         if self.device.type == "cuda":
-            norms.fuse(self.model)
             self.record(graphs)
 
     def _settle_attention(self) -> None:

@@ -125,7 +125,8 @@ def pick_plain(logits: Tensor) -> List[Choice]:
     rows = torch.nan_to_num(logits.float(), nan=-HUGE, posinf=HUGE, neginf=-HUGE)
     best = torch.argmax(rows, -1)
     logprobs = torch.gather(rows, -1, best[:, None])[:, 0] - torch.logsumexp(rows, -1)
-    return [Choice(one, shortest(value)) for one, value in zip(best.tolist(), logprobs.tolist())]
+    both = torch.stack([best.double(), logprobs.double()]).tolist()  # one wait for a GPU instead of two
+    return [Choice(int(one), shortest(value)) for one, value in zip(*both)]
 
 
 def shortest(value: float) -> Optional[float]:

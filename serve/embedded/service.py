@@ -5,7 +5,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, AsyncGenerator, Dict, List, Tuple, Union
 
-from ..within import within
 from . import validation
 from .batching import Scheduler
 from .errors import ApiError, failed, overloaded
@@ -67,17 +66,16 @@ class Service:
                 self._submit(job)
             except ApiError as error:
                 raise self._counted(error)
+            beat = Beat(job.events)
             try:
                 while not job.over:
-                    try:
-                        event = await within(job.events.get(), KEEP_ALIVE_S)
-                    except asyncio.TimeoutError:
-                        yield job, KEEP_ALIVE
-                        continue
-                    yield job, self._received(job, event)
+                    event = await job.events.get()
+                    beat.heard()
+                    yield job, event if event is KEEP_ALIVE else self._received(job, event)
             except ApiError as error:
                 raise self._counted(error)
             finally:
+                beat.stop()
                 self._release(job)
 
     async def healthy(self) -> bool:
@@ -152,6 +150,29 @@ class Service:
     def _counted(self, error: ApiError) -> ApiError:
         self.metrics.count("tgi_request_failure", error.label or "generation")
         return error
+
+
+class Beat:
+    """Puts KEEP_ALIVE into a stream's queue when nothing has been heard for KEEP_ALIVE_S. One timer for a whole stream: a limit on
+    every single wait costs as much as sending the token."""
+
+    def __init__(self, events: "asyncio.Queue[Any]") -> None:
+        self._events, self._loop = events, asyncio.get_running_loop()
+        self.heard()
+        self._timer = self._loop.call_later(KEEP_ALIVE_S, self._look)
+
+    def heard(self) -> None:
+        self._last = self._loop.time()
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        left = self._last + KEEP_ALIVE_S - self._loop.time()
+        if left <= 0:
+            self._events.put_nowait(KEEP_ALIVE)
+            left = KEEP_ALIVE_S
+        self._timer = self._loop.call_later(left, self._look)
 
 
 class Permit:

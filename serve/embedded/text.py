@@ -1,5 +1,6 @@
 """Text to token ids and back: the folder's tokenizer, its chat template, and text that appears token by token."""
 
+import functools
 import json
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ from pipeline_train.errors import UserError
 from .errors import bad_template
 
 INCOMPLETE = "\ufffd"  # what a decoder shows for the first bytes of a character whose last ones have not come yet
+FEW = 1 << 16  # decoded windows of a few tokens that are remembered, some 10 MB
 CONTEXT = 5  # tokens of the prompt decoded together with the first new one, so that its leading space is right
 
 
@@ -37,6 +39,7 @@ class Text:
         self.special_ids = frozenset(self.tokenizer.all_special_ids) | marked
         self.stop_ids = frozenset([self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else [])
         self._lock = threading.Lock()
+        self.few = functools.lru_cache(maxsize=FEW)(self.decode)  # for the same few ids again and again, as a tuple
 
     def add_stop_ids(self, eos: Any) -> None:
         """``eos``: what a generation config has as eos_token_id: None, an id or a list."""
@@ -137,5 +140,5 @@ class Spelling:
         return after[len(before) :].rstrip(INCOMPLETE)
 
     def _new(self) -> str:
-        before = self._text.decode(self._ids[self._start : self._done])
-        return self._text.decode(self._ids[self._start :])[len(before) :]
+        before = self._text.few(tuple(self._ids[self._start : self._done]))
+        return self._text.few(tuple(self._ids[self._start :]))[len(before) :]
