@@ -95,8 +95,8 @@ class Block(nn.Module):
         self.mlp = Mlp(dims)
 
     def places(self, positions: torch.Tensor, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
-        """What ``forward`` takes in place of positions: all blocks need the same cosines and sines, and making them takes as long as
-        using them."""
+        """What ``forward`` takes in place of positions: all blocks need the same cosines and sines, and to make them takes as long
+        as to use them."""
         return rotary(positions, self.self_attn.dims, dtype)
 
     def forward(self, hidden: torch.Tensor, positions: Any, segments: torch.Tensor) -> torch.Tensor:
