@@ -9,25 +9,23 @@ from typing import Any, Callable
 
 import torch
 
-from . import compat
 from .models import layers
 
 
 def into_sums(optimizer: Any, model: torch.nn.Module) -> None:
-    """``optimizer``: DeepSpeed's BF16_Optimizer of ``model``. Only one model of a process trains."""
+    """``optimizer``: DeepSpeed's BF16_Optimizer of ``model``. Only one model of a process trains. Needs compat.has_custom_ops."""
     totals = {
         parameter: total
         for parameters, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients)
         for parameter, total in zip(parameters, sums)
     }
     in_products = set()
-    if compat.has_custom_ops():
-        layers.summed.SUMS.clear()
-        for module in model.modules():
-            if isinstance(module, (layers.Linear, layers.Embedding)):
-                module.sums = True
-                in_products.add(module.weight)
-                layers.summed.SUMS[module.weight.data_ptr()] = totals[module.weight].view(module.weight.shape)
+    layers.summed.SUMS.clear()
+    for module in model.modules():
+        if isinstance(module, (layers.Linear, layers.Embedding)):
+            module.sums = True
+            in_products.add(module.weight)
+            layers.summed.SUMS[module.weight.data_ptr()] = totals[module.weight].view(module.weight.shape)
     for parameter, total in totals.items():
         parameter._hp_grad = total  # what DeepSpeed's tied reduction looks at
         if parameter not in in_products:

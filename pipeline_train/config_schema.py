@@ -16,7 +16,7 @@ class Run(Section):
     seed: int = 42
     hang_s: int = 40  # a rank without a sign of life for so long ends the run
     self_test: bool = True  # once per new environment, before step 1
-    compile: bool = False  # blocks through torch.compile, on GPUs with FlexAttention
+    compile: bool = False  # blocks, head and loss through torch.compile, on GPUs with FlexAttention
     trace: bool = False  # one step, instruction by instruction, into <out>/trace.json
     wandb: Union[bool, str] = False  # true, or the project's name
 

@@ -115,7 +115,8 @@ class Pipeline:
         compat.clip_fp32(self.engine.optimizer, deepspeed.__version__)
         compat.stop_timing(self.engine)
         if config.model.dtype == "bf16" and not parallel.offload:
-            accumulate.into_sums(self.engine.optimizer, self.stage)
+            if compat.has_custom_ops():
+                accumulate.into_sums(self.engine.optimizer, self.stage)
             # Without replicas there is nothing to average, but DeepSpeed would still round the fp32 sums to bf16 and back.
             self.engine.pipeline_enable_backward_allreduce = parallel.data > 1
         self.watched = Watched(self.engine, pulse or Pulse.inherited(), cuda, fp16=config.model.dtype == "fp16")

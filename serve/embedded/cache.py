@@ -2,7 +2,9 @@
 
 row 0   k0 k1 k2 k3 k4 __ __ __      A request keeps its columns for its whole life, so nothing about it depends on who else is
 row 1   k0 k1 __ __ __ __ __ __      there. Joining is writing into the next free row; leaving is copying the last row into the
-row 2   k0 k1 k2 __ __ __ __ __      hole. The tables grow by doubling and are dropped when nobody runs.
+row 2   k0 k1 k2 __ __ __ __ __      hole.
+
+The tables grow by doubling. When nobody runs they are dropped, unless passes are recorded over them and they are small.
 """
 
 from dataclasses import dataclass, field
@@ -106,10 +108,16 @@ class SlotCache(Cache):
         for tables in (self._keys, self._values):
             tables[:] = [_copied(table, table, max(rows, table.shape[0]), max(columns, table.shape[2])) for table in tables]
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` columns of a row over another row, in every layer."""
-        for table in self._keys + self._values:
-            table[target, :, :length] = table[source, :, :length]
+    def move(self, source: int, target: int) -> None:
+        """Copy a row over another row, in every layer."""
+        tables = self._keys + self._values
+        torch._foreach_copy_([table[target] for table in tables], [table[source] for table in tables])
+
+    def clean(self, row: int) -> None:
+        """Nothing of an earlier request stays: a mask hides a number, but not an infinite one, which times 0 is NaN."""
+        tables = [table[row] for table in self._keys + self._values if table.dim() == 4 and row < table.shape[0]]
+        if tables:
+            torch._foreach_zero_(tables)
 
     def clear(self) -> None:
         self.step = None

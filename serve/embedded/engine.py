@@ -50,6 +50,8 @@ class Engine:
 
     def prefill(self, row: int, ids: List[int], start: int, all_logits: bool = False) -> Tensor:
         """Read ``ids`` at columns ``start``.. of ``row`` -> logits float [1, V] behind the last, or [n, V] behind each."""
+        if start == 0:
+            self._cache.clean(row)
         if self._recorded and (self._own_attention or self._slopes) and not all_logits and len(ids) <= PIECES[-1]:
             return self._recorded.prefill(row, ids, start)
         if self._recorded:
@@ -75,8 +77,8 @@ class Engine:
         """Whether passes are recorded."""
         return self._recorded is not None
 
-    def move(self, source: int, target: int, length: int) -> None:
-        self._cache.move(source, target, length)
+    def move(self, source: int, target: int) -> None:
+        self._cache.move(source, target)
 
     def clear(self) -> None:
         """Give the memory of keys and values back."""
@@ -99,7 +101,8 @@ class Engine:
         span = torch.arange(step.count, device=self.device)
         inputs: Dict[str, Any] = {"input_ids": ids, "past_key_values": self._cache, "use_cache": True}
         if "position_ids" in self._arguments:
-            inputs["position_ids"] = step.columns[:, None] + span
+            # What is computed for nobody (FixedStep) may stand behind the last position that the model has a number for.
+            inputs["position_ids"] = (step.columns[:, None] + span).clamp(max=self.max_positions - 1)
         if "cache_position" in self._arguments:
             inputs["cache_position"] = step.width - step.count + span
         if self._slopes:

@@ -44,18 +44,19 @@ class Rotation:
 
     def __init__(self, theirs: Any) -> None:
         self._theirs = theirs
-        self._sin: Optional[Tensor] = None  # all blocks of a pass are given the same one
-        self._signed: Any = None
+        self._known: Tuple[Any, Any] = (None, None)  # sin, which all blocks of a pass are given, and the same with signs
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> Tuple[Tensor, Tensor]:
         if more or named or sin.dim() != 3 or sin.shape[-1] != q.shape[-1]:
             turned: Tuple[Tensor, Tensor] = self._theirs(q, k, cos, sin, *more, **named)
             return turned
         half = sin.shape[-1] // 2
-        if self._sin is not sin:
-            self._sin, self._signed = sin, torch.cat([-sin[..., :half], sin[..., half:]], -1)[:, None]
+        known, signed = self._known
+        if known is not sin:
+            signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)[:, None]
+            self._known = sin, signed
         both = torch.cat([q, k], 1)
-        both = torch.addcmul(both * cos[:, None], both.roll(half, -1), self._signed)
+        both = torch.addcmul(both * cos[:, None], both.roll(half, -1), signed)
         return both[:, : q.shape[1]], both[:, q.shape[1] :]
 
 
@@ -103,6 +104,7 @@ class Part(nn.Module):
         super().__init__()
         self._product, self._number = product, number
         self.weight = nn.Parameter(product.weight.split(product.sizes)[number], requires_grad=False)
+        self.bias = None if product.bias is None else nn.Parameter(product.bias.split(product.sizes)[number], requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._product.part(x, self._number)

@@ -4,8 +4,8 @@ A decode step of a small model is a thousand kernels of microseconds, and Python
 A recorded pass is launched as a whole. Its shape and its addresses are fixed, so what differs from step to step is written into a
 tensor of numbers that the pass reads:
 
-decode   one token for each of B rows. B is at least ``LEAST``, whoever is there: the same kernels for one request as for many, and
-         so the same bits. Attention is computed for the next power of two of the rows in use.
+decode   one token for each of B rows. With our own attention B is at least ``LEAST``, whoever is there: the same matrix products
+         for one request as for many. Attention is computed for the next power of two of the rows in use.
 prefill  a piece of a prompt, padded to one of ``PIECES``; what the padding writes behind the prompt is overwritten by what follows.
 
 Rows that are not in use write their key into the table's last column, which nobody reads.
@@ -35,6 +35,7 @@ class Recorded:
     ) -> None:
         self._cache, self._device, self._forward = cache, device, forward
         self._least, self._recorder, self._record = LEAST if wide else 1, recorder, recorder()
+        self._logits: Dict[int, Tensor] = {}  # for each B one place that all passes of B rows write to
         self._runs: Dict[Tuple[int, ...], Tuple[Tensor, Run, Run]] = {}
 
     def decode(self, tokens: List[int], lengths: List[int]) -> Tensor:
@@ -63,16 +64,28 @@ class Recorded:
 
     def forget(self) -> None:
         self._runs.clear()
+        self._logits.clear()
         self._record = self._recorder()
 
     def _run(self, key: Tuple[int, ...], given: List[int], make: Callable[[Tensor, Tuple[int, ...]], Run]) -> Tensor:
         if key not in self._runs:
             numbers = torch.tensor(given, device=self._device)
-            plain = make(numbers, key)
+            plain = self._placed(make(numbers, key))
             self._runs[key] = numbers, self._record(plain), plain  # the last one owns tensors whose addresses were recorded
         numbers, run, _ = self._runs[key]
         numbers.copy_(torch.tensor(given))
         return run()
+
+    def _placed(self, run: Run) -> Run:
+        """A pass that keeps a result of its own would keep rows x vocabulary for every shape."""
+
+        def placed() -> Tensor:
+            logits = run()
+            if len(logits) not in self._logits:
+                self._logits[len(logits)] = torch.empty_like(logits)
+            return self._logits[len(logits)].copy_(logits)
+
+        return placed
 
     def _decode_pass(self, numbers: Tensor, key: Tuple[int, ...]) -> Run:
         active, width = key

@@ -170,8 +170,9 @@ class Beat:
     def _look(self) -> None:
         left = self._last + KEEP_ALIVE_S - self._loop.time()
         if left <= 0:
-            self._events.put_nowait(KEEP_ALIVE)
             left = KEEP_ALIVE_S
+            if self._events.empty():  # else the client does not read
+                self._events.put_nowait(KEEP_ALIVE)
         self._timer = self._loop.call_later(left, self._look)
 
 

@@ -13,7 +13,8 @@ from pipeline_train.errors import UserError
 from .errors import bad_template
 
 INCOMPLETE = "\ufffd"  # what a decoder shows for the first bytes of a character whose last ones have not come yet
-FEW = 1 << 16  # decoded windows of a few tokens that are remembered, some 10 MB
+FEW = 1 << 16  # decoded windows that are remembered, some 20 MB
+SHORT = 8  # tokens of a window that is: an answer that stays inside a character has longer and longer ones
 CONTEXT = 5  # tokens of the prompt decoded together with the first new one, so that its leading space is right
 
 
@@ -39,7 +40,7 @@ class Text:
         self.special_ids = frozenset(self.tokenizer.all_special_ids) | marked
         self.stop_ids = frozenset([self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else [])
         self._lock = threading.Lock()
-        self.few = functools.lru_cache(maxsize=FEW)(self.decode)  # for the same few ids again and again, as a tuple
+        self.few = functools.lru_cache(maxsize=FEW)(self.decode)  # for at most SHORT ids, as a tuple
 
     def add_stop_ids(self, eos: Any) -> None:
         """``eos``: what a generation config has as eos_token_id: None, an id or a list."""
@@ -140,5 +141,8 @@ class Spelling:
         return after[len(before) :].rstrip(INCOMPLETE)
 
     def _new(self) -> str:
-        before = self._text.few(tuple(self._ids[self._start : self._done]))
-        return self._text.few(tuple(self._ids[self._start :]))[len(before) :]
+        before = self._decoded(self._ids[self._start : self._done])
+        return self._decoded(self._ids[self._start :])[len(before) :]
+
+    def _decoded(self, ids: List[int]) -> str:
+        return self._text.few(tuple(ids)) if len(ids) <= SHORT else self._text.decode(ids)

@@ -164,8 +164,8 @@ def test_the_cache_is_given_back_when_nobody_runs(parts, scheduler):
         scheduler.submit(one)
         await ended(one)
         deadline = time.monotonic() + 10
-        while engine._cache.bytes_per_token and time.monotonic() < deadline:
+        while engine._cache.size[0] and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
 
     play(scheduler, work())
-    assert engine._cache.bytes_per_token == 0
+    assert engine._cache.size == (0, 0)

@@ -10,7 +10,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from pipeline_train.errors import RunFailed, UserError  # noqa: E402
-from serve.embedded import alibi, fused, packed  # noqa: E402
+from serve.embedded import packed  # noqa: E402
 from serve.embedded.engine import Engine  # noqa: E402
 from tests.models import make_hf, tiny_config  # noqa: E402
 
@@ -124,7 +124,7 @@ def test_moved_rows_go_on(pair):
     engine.prefill(0, first, 0)
     engine.prefill(1, second, 0)
     engine.decode([3, 4], [3, 5])
-    engine.move(1, 0, 6)
+    engine.move(1, 0)
     logits = engine.decode([20], [6])[0]
     wanted = model(torch.tensor([second + [4, 20]])).logits[0, -1]
     assert torch.allclose(logits, wanted, atol=1e-4 * float(wanted.abs().max()))
@@ -147,93 +147,6 @@ def test_a_prompt_that_is_read_while_others_decode(pair):
     logits = engine.prefill(1, second[20:], 20)[-1]
     wanted = model(torch.tensor([second])).logits[0, -1]
     assert torch.allclose(logits, wanted, atol=1e-4 * float(wanted.abs().max()))
-
-
-def test_a_pass_is_recorded_once_for_its_shape(tmp_path):
-    recorded = []
-    make_hf(tmp_path, CASES["llama"])
-    engine = Engine(str(tmp_path))
-    engine.record(lambda: lambda run: recorded.append(1) or run)
-    recorded.clear()
-    for _ in range(2):
-        engine.prefill(0, [5] * 20, 0)  # a piece of 64
-        for length in range(20, 30):
-            engine.decode([5], [length])
-        engine.rest(10**6)
-    assert len(recorded) == 2
-    engine.prefill(1, [5] * 200, 0)  # of 256: rows and columns grow, so the tables move
-    engine.decode([5, 6], [30, 200])
-    engine.decode([5], [30])
-    assert len(recorded) == 5
-    engine.rest(100)  # less than the tables hold
-    engine.prefill(0, [5] * 20, 0)
-    assert len(recorded) == 6
-
-
-def test_a_model_that_cannot_be_recorded_is_served_all_the_same(tmp_path, caplog):
-    def fails(run):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    model = make_hf(tmp_path, CASES["llama"])
-    engine = Engine(str(tmp_path))
-    engine.record(lambda: fails)
-    assert "llama is served without CUDA graphs, slower: operation not permitted when stream is capturing" in caplog.text
-    assert greedy_alone(engine, [5, 6, 7], 4)[0] == plain_greedy(model, [5, 6, 7], 4)
-
-
-@pytest.mark.parametrize("heads", [4, 6])
-def test_alibi_with_kept_slopes_is_the_same(tmp_path, heads):
-    model = make_hf(tmp_path, tiny_config("bloom", hidden_size=96, n_head=heads))
-    mask = (torch.arange(9) < torch.tensor([[9], [4]])).long()
-    wanted = model.transformer.build_alibi_tensor(mask, heads, torch.float32)
-    assert alibi.keep_slopes(model) and not alibi.keep_slopes(make_hf(tmp_path, CASES["llama"]))
-    found = model.transformer.build_alibi_tensor(mask, heads, torch.float32)
-    visible = mask.bool().repeat_interleave(heads, 0)[:, None]
-    assert found.shape == wanted.shape and torch.equal(found[visible], wanted[visible])
-
-
-@pytest.fixture
-def llama_module(monkeypatch):
-    from transformers.models.llama import modeling_llama
-
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
-    return modeling_llama
-
-
-@pytest.mark.parametrize("weights, same", [("ones", True), ("random", True), ("one more", False)])
-def test_norms_are_fused_where_they_are_the_same(weights, same, llama_module):
-    norm = llama_module.LlamaRMSNorm(64)
-    if weights != "ones":
-        norm.weight.copy_(torch.randn(64))
-    if weights == "one more":
-        norm.forward = lambda x, plain=norm.forward: plain(x) + x  # as if it multiplied by 1 + w
-    x = torch.randn(3, 64)
-    wanted = norm(x)
-    assert fused.fuse(torch.nn.Sequential(norm))[0] == same
-    assert ("rms_norm" in norm.forward.__code__.co_names) == same
-    assert torch.allclose(norm(x), wanted, rtol=1e-6)
-
-
-@pytest.mark.parametrize("case", sorted(CASES))
-def test_a_fused_model_is_the_same(case, tmp_path, llama_module):
-    model = make_hf(tmp_path, CASES[case])
-    ids = torch.tensor([[5, 9, 3, 3, 40, 7], [8, 2, 60, 61, 5, 5]])
-    wanted = model(ids).logits
-    norms, rotations, projections = fused.fuse(model)
-    blocks = 0 if case.startswith("bloom") else model.config.num_hidden_layers
-    assert (norms, rotations, projections) == (2 * blocks + bool(blocks), bool(blocks), 2 * blocks)
-    assert torch.allclose(model(ids).logits, wanted, rtol=1e-4, atol=1e-5)
-    shared = [part for part in model.modules() if isinstance(part, fused.Part)]
-    assert all(part.weight.untyped_storage().data_ptr() == part._product.weight.untyped_storage().data_ptr() for part in shared)
-    assert Engine(str(tmp_path)).attention  # a second model meets the rotation that is there
-
-
-def test_what_cannot_be_fused_is_left(tmp_path, llama_module):
-    llama_module.apply_rotary_pos_emb = lambda q, k, cos, sin: (k, q)
-    model = make_hf(tmp_path, CASES["llama"])
-    model.model.layers[0].self_attn.k_proj = torch.nn.Identity()
-    blocks = model.config.num_hidden_layers
-    assert fused.fuse(model) == (2 * blocks + 1, False, 2 * blocks - 1)
 
 
 @pytest.mark.skipif(not packed.available(), reason="this torch has no oneDNN")

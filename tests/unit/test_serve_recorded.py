@@ -1,0 +1,119 @@
+"""Recorded passes: recorded once, for any model, and no request is met by another."""
+
+import pytest
+
+pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
+import torch  # noqa: E402
+
+from serve.embedded.engine import Engine  # noqa: E402
+from tests.models import make_hf, tiny_config  # noqa: E402
+
+LLAMA = tiny_config("llama", max_position_embeddings=512)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def made(folder, config=LLAMA, dtype=None):
+    """-> (an engine that records, the plain model)"""
+    model = make_hf(folder, config)
+    engine = Engine(str(folder), dtype)
+    engine.record(lambda: lambda run: run)
+    assert engine.graphs
+    return engine, model
+
+
+def greedy(engine, ids, count, row=0):
+    logits, tokens = engine.prefill(row, ids, 0)[-1], []
+    for step in range(count):
+        tokens.append(int(logits.argmax()))
+        logits = engine.decode([tokens[-1]], [len(ids) + step])[0]
+    return tokens
+
+
+def plain_greedy(model, ids, count):
+    out = []
+    for _ in range(count):
+        out.append(int(model(torch.tensor([ids + out])).logits[0, -1].argmax()))
+    return out
+
+
+def test_a_pass_is_recorded_once_for_its_shape(tmp_path):
+    recorded = []
+    make_hf(tmp_path, LLAMA)
+    engine = Engine(str(tmp_path))
+    engine.record(lambda: lambda run: recorded.append(1) or run)
+    recorded.clear()
+    for _ in range(2):
+        engine.prefill(0, [5] * 20, 0)  # a piece of 64
+        for length in range(20, 30):
+            engine.decode([5], [length])
+        engine.rest(10**6)
+    assert len(recorded) == 2
+    engine.prefill(1, [5] * 200, 0)  # of 256: rows and columns grow, so the tables move
+    engine.decode([5, 6], [30, 200])
+    engine.decode([5], [30])
+    assert len(recorded) == 5
+    engine.rest(100)  # less than the tables hold
+    engine.prefill(0, [5] * 20, 0)
+    assert len(recorded) == 6
+
+
+def test_a_model_that_cannot_be_recorded_is_served_all_the_same(tmp_path, caplog):
+    def fails(run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model = make_hf(tmp_path, LLAMA)
+    engine = Engine(str(tmp_path))
+    engine.record(lambda: fails)
+    assert "llama is served without CUDA graphs, slower: operation not permitted when stream is capturing" in caplog.text
+    assert greedy(engine, [5, 6, 7], 4) == plain_greedy(model, [5, 6, 7], 4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+@pytest.mark.parametrize("length", [127, 128, 150, 190])
+def test_a_model_with_a_table_of_positions_is_served_to_its_last_one(tmp_path, kind, length):
+    """Unused rows and the padding of a prompt stand at columns that the table may not have."""
+    from transformers import GPT2Config, OPTConfig
+
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=140, n_positions=200, n_embd=32, n_layer=2, n_head=2)
+    else:
+        config = OPTConfig(vocab_size=140, max_position_embeddings=200, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48,
+                           num_hidden_layers=2, num_attention_heads=2)  # fmt: skip
+    engine, model = made(tmp_path, config.to_dict())
+    ids = [3 + place * place % 130 for place in range(length)]
+    assert greedy(engine, ids, 6) == plain_greedy(model, ids, 6)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_a_request_that_overflows_leaves_nothing_behind(tmp_path, family):
+    engine, model = made(tmp_path, tiny_config(family))
+    wanted = plain_greedy(model, [5, 6, 7], 4)
+    table = engine.model.get_input_embeddings().weight
+    sound = table[20].clone()
+    table[20] = float("inf")
+    assert torch.isnan(engine.prefill(0, [5, 20] * 15, 0)).any()
+    assert torch.isnan(engine.prefill(1, [5, 20] * 15, 0)).any()
+    table[20] = sound
+    engine.rest(10**6)
+    assert greedy(engine, [5, 6, 7], 4) == wanted
+    engine.prefill(2, [5, 6, 7], 0)
+    engine.move(2, 1)  # over what the overflow left there
+    engine.move(1, 0)
+    tokens = [wanted[0]]
+    for step in range(3):
+        tokens.append(int(engine.decode([tokens[-1]], [3 + step])[0].argmax()))
+    assert tokens == wanted
+
+
+def test_passes_share_the_place_of_their_results(tmp_path):
+    engine, _ = made(tmp_path)
+    engine.prefill(3, [5] * 20, 0)
+    engine.decode([5], [400])  # the tables are as large as they get
+    places = {engine.decode([5], [length]).data_ptr() for length in (20, 130, 300)}
+    places |= {engine.decode([5, 6, 7], [20, 20, 20]).data_ptr()}
+    assert len(places) == 1
