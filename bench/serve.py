@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
 
@@ -71,13 +73,17 @@ def _streams(server: Server, count: int, tokens: int, seconds: float) -> Row:
     """``count`` clients at once. What comes before the first token of all of them is not timed."""
     _stream(server, 4, [], lambda: None)
     firsts: List[float] = []
+    broken: List[Exception] = []
     made = [0] * count
     ready, end = threading.Barrier(count + 1), threading.Event()
 
     def client(number: int) -> None:
         ready.wait()
-        while not end.is_set():
-            _stream(server, max(1, tokens * (8 + number % 8) // 16), firsts, lambda: made.__setitem__(number, made[number] + 1))
+        try:
+            while not end.is_set():
+                _stream(server, max(1, tokens * (8 + number % 8) // 16), firsts, lambda: made.__setitem__(number, made[number] + 1))
+        except (OSError, HTTPException, RunFailed) as error:
+            broken.append(error)
 
     threads = [threading.Thread(target=client, args=(number,), daemon=True) for number in range(count)]
     for thread in threads:
@@ -90,6 +96,9 @@ def _streams(server: Server, count: int, tokens: int, seconds: float) -> Row:
     end.set()
     for thread in threads:
         thread.join(60)
+    if broken:
+        told = broken[0].read().decode("utf-8", "replace") if isinstance(broken[0], urllib.error.HTTPError) else str(broken[0])
+        raise RunFailed("bench serve: a stream broke off: %s" % told)
     if not rate or not firsts:
         raise RunFailed("bench serve: %d streams brought no token in %g s" % (count, seconds))
     return {

@@ -38,6 +38,8 @@ class Settings:
         pause in seconds, doubled up to 8, with jitter; ``say`` is told once when the server turns out to be of another kind."""
         if not url.startswith(("http://", "https://")):
             raise ValueError("%s: expected http://HOST:PORT" % url)
+        if not timeout > 0:
+            raise ValueError("timeout %s: expected seconds, more than 0" % timeout)
         self.url = url.rstrip("/")
         self.url = self.url[:-3] if self.url.endswith("/v1") else self.url
         self.dialect: Dialect = Tgi()

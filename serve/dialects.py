@@ -3,12 +3,23 @@
 A dialect has ``generate``, ``chat``, ``tokenize`` and ``chat_tokenize``, each -> Call; the clients send it.
 """
 
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
+import difflib
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Union
 
 from . import replies
 from .results import ChatPiece, GenerationFailed, Piece
 
 Messages = List[Dict[str, Any]]
+GENERATE = (
+    "adapter_id", "best_of", "decoder_input_details", "details", "do_sample", "frequency_penalty", "grammar", "max_new_tokens",
+    "repetition_penalty", "return_full_text", "seed", "stop", "temperature", "top_k", "top_n_tokens", "top_p", "truncate",
+    "typical_p", "watermark",
+)  # fmt: skip
+CHAT = (
+    "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "n", "presence_penalty", "response_format", "seed", "stop",
+    "temperature", "tool_choice", "tool_prompt", "tools", "top_logprobs", "top_p",
+)  # fmt: skip
+NOT_CHAT = ("max_new_tokens", "do_sample", "details", "decoder_input_details", "return_full_text", "truncate", "top_n_tokens")
 
 
 class Call(NamedTuple):
@@ -47,6 +58,7 @@ class Tgi:
 
     def generate(self, inputs: str, parameters: Dict[str, Any], stream: bool) -> Call:
         """``parameters`` is always sent: without it, 3.3 samples."""
+        spelled(parameters, GENERATE, CHAT)
         body = {"inputs": inputs, "parameters": {"details": True, **given(parameters)}}
         path = "/generate_stream" if stream else "/generate"
         return Call(path, body, replies.generation_of, lambda: Pieces(replies.piece_of))
@@ -63,10 +75,23 @@ class Tgi:
 
 def chat_call(model: str, messages: Messages, parameters: Dict[str, Any], stream: bool) -> Call:
     """The chat route is the same everywhere, but for the model's name."""
+    spelled(parameters, CHAT, NOT_CHAT)
     body = {"model": model, "messages": messages, **given(parameters)}
     if stream:
         body.update(stream=True, stream_options={"include_usage": True})
     return Call("/v1/chat/completions", body, replies.chat_of, lambda: Pieces(replies.chat_piece_of))
+
+
+def spelled(parameters: Dict[str, Any], names: Sequence[str], others: Sequence[str]) -> None:
+    """TypeError for a name of the ``others``, those of the other route, and for one that is almost one of ``names``: servers pass
+    over what they do not know. What is like none of them may be something that a server has since learnt."""
+    for name in parameters:
+        if name in names:
+            continue
+        near = difflib.get_close_matches(name, names, 1, 0.75)
+        if near or name in others:
+            raise TypeError("no parameter %s here%s (there are %s)" % (
+                name, "; did you mean %s?" % near[0] if near else "", ", ".join(names)))  # fmt: skip
 
 
 def given(parameters: Dict[str, Any]) -> Dict[str, Any]:

@@ -1,6 +1,7 @@
 """The embedded server as a process of this machine: started, waited for, stopped."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -45,9 +46,21 @@ class Server:
         state.forget(self.state.port)
         return code
 
+    def stop_now(self) -> int:
+        """Running requests are cut. -> exit code"""
+        self.process.send_signal(signal.SIGINT)  # the second one that it gets, which it takes so
+        try:
+            code = self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        state.forget(self.state.port)
+        return code
+
     def ended(self, code: int) -> Exception:
         """What to tell of an end with ``code`` that nobody asked for."""
-        return RunFailed("the server ended with code %d; the end of %s:\n%s" % (code, self.state.log, tail(self.state.log)))
+        how = "was killed by signal %d (by the system, where memory ran out)" % -code if code < 0 else "ended with code %d" % code
+        return RunFailed("the server %s; the end of %s:\n%s" % (how, self.state.log, tail(self.state.log)))
 
 
 def start(settings: Settings, progress: Callable[[str], None], timeout: float, own_session: bool) -> Server:

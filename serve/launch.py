@@ -40,6 +40,10 @@ class ContainerServer:
         self.state.remove()
         return code
 
+    def stop_now(self) -> int:
+        """Docker has been asked to stop it, and ends it when its time is over, whoever waits. -> exit code"""
+        return self.wait()
+
     def ended(self, code: int) -> Exception:
         return container_start.ended(self.state, code)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Dict, List, Optional, Tuple
 
-from .dialects import Call, Messages, chat_call, given
+from .dialects import CHAT, GENERATE, Call, Messages, chat_call, given, spelled
 from .results import Generation, GenerationFailed, Invalid, Piece, Place, Templated, Token
 
 SAME = ("top_k", "top_p", "repetition_penalty", "frequency_penalty", "seed", "stop")
@@ -21,6 +21,7 @@ class Vllm:
         self.model, self.name = model, name
 
     def generate(self, inputs: str, parameters: Dict[str, Any], stream: bool) -> Call:
+        spelled(parameters, GENERATE, CHAT)
         wanted = given(parameters)
         body: Dict[str, Any] = {"model": self.model, "prompt": inputs, "temperature": 0, "include_stop_str_in_output": True}
         sampled = _sampled(wanted)

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any, Dict, List, Optional
 
-from . import api_key
+from . import api_key, flags
 from .progress import say
 
 HELP = "ask a running server: one prompt, streamed or not, or a conversation (--chat)"
@@ -14,7 +14,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "prompt", nargs="?", help='the prompt as the model shall see it, or with --chat the first message; "-" reads stdin'
     )
-    parser.add_argument("--url", required=True, metavar="U", help="the server, as pipedock serve prints it")
+    parser.add_argument("--url", required=True, type=flags.url, metavar="U", help="the server, as pipedock serve prints it")
     parser.add_argument("--stream", action="store_true", help="show tokens as they come")
     parser.add_argument(
         "--chat",
@@ -22,13 +22,20 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="talk through the server's chat template; without a prompt, a conversation (/help there)",
     )
     parser.add_argument("--system", metavar="TEXT", help="with --chat: a system message")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="at most N tokens; by default until the model ends")
     parser.add_argument(
-        "--temperature", type=float, metavar="T", help="sample at this temperature; default: always the likeliest token, as at 0"
+        "--max-new-tokens", type=flags.whole(1), metavar="N", help="at most N tokens; by default until the model ends"
     )
-    parser.add_argument("--seed", type=int, metavar="S", help="repeat the same sampling")
+    parser.add_argument(
+        "--temperature",
+        type=flags.temperature,
+        metavar="T",
+        help="sample at this temperature; default: always the likeliest token, as at 0",
+    )
+    parser.add_argument("--seed", type=flags.whole(0), metavar="S", help="repeat the same sampling")
     parser.add_argument("--api-key-file", metavar="F", help="file with the server's API key")
-    parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds to wait for the next byte; default 300")
+    parser.add_argument(
+        "--timeout", type=flags.seconds, default=300.0, metavar="S", help="seconds to wait for the next byte; default 300"
+    )
 
 
 def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
@@ -41,8 +48,6 @@ def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
         raise UserError("give a prompt, or --chat for a conversation")
     if args.prompt is None and args.json:
         raise UserError("a conversation has no JSON document: give a prompt, or leave --json out")
-    if not args.url.startswith(("http://", "https://")):
-        raise UserError("--url %s: expected http://HOST:PORT" % args.url)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     try:
         with Client(args.url, api_key=api_key.read(args.api_key_file), timeout=args.timeout, retries=3, say=say) as client:

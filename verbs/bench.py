@@ -63,7 +63,10 @@ def _serve(args: argparse.Namespace) -> Dict[str, Any]:
     from bench.servers import random_model
     from bench.shapes import SHAPES, model_of
     from pipeline_train.errors import UserError
+    from serve.settings import DTYPES
 
+    if args.dtype not in (None, *DTYPES, *DTYPES.values()):
+        raise UserError("--dtype %s: expected one of %s" % (args.dtype, ", ".join([*DTYPES, *DTYPES.values()])))
     try:
         streams = [int(word) for word in args.streams.split(",")]
     except ValueError:
@@ -72,7 +75,9 @@ def _serve(args: argparse.Namespace) -> Dict[str, Any]:
         raise UserError("--streams %s: expected numbers of streams, such as 1,16" % args.streams)
     if args.new_tokens < 1 or not args.seconds > 0:
         raise UserError("--new-tokens, --seconds: must be more than 0")
-    flags = ["--max-concurrent-requests", str(max(128, 2 * max(streams)))] + (["--dtype", args.dtype] if args.dtype else [])
+    flags = ["--max-concurrent-requests", str(max(128, 2 * max(streams)))] + (
+        ["--dtype", DTYPES.get(args.dtype, args.dtype)] if args.dtype else []
+    )
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as scratch:
         folder = Path(args.model)
         if args.model in SHAPES or not folder.is_dir():

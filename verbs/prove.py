@@ -3,7 +3,7 @@
 import argparse
 from typing import Any, Dict
 
-from . import api_key
+from . import api_key, flags
 from .progress import say
 
 HELP = "prove a live server: token ids as trained, log-probabilities as transformers', stops where it should"
@@ -22,7 +22,7 @@ FIGURES = {
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", required=True, metavar="U", help="the server, as pipedock serve prints it")
+    parser.add_argument("--url", required=True, type=flags.url, metavar="U", help="the server, as pipedock serve prints it")
     parser.add_argument("--model", required=True, metavar="DIR", help="the model folder that it serves")
     parser.add_argument("--train-config", metavar="FILE", help="run.yaml: ask with the run's own records; else a few fixed ones")
     parser.add_argument("--records", type=int, default=6, metavar="N", help="how many records are asked (default: 6)")
@@ -37,16 +37,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-prompt-logprobs", action="store_true", help="for a server that tells none: leave this comparison out")
     parser.add_argument("--no-weights", action="store_true", help="compare token ids and ends only; the model is not loaded here")
     parser.add_argument("--api-key-file", metavar="F", help="file with the server's API key")
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for the next byte; default 120")
+    parser.add_argument(
+        "--timeout", type=flags.seconds, default=120.0, metavar="S", help="seconds to wait for the next byte; default 120"
+    )
     parser.add_argument("--output", metavar="F", help="write the document (that of --json) to this file; default: to none")
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
-    from pipeline_train.errors import RunFailed, UserError
+    from pipeline_train.errors import RunFailed
     from serve.prove import Options, prove
 
-    if not args.url.startswith(("http://", "https://")):
-        raise UserError("--url %s: expected http://HOST:PORT" % args.url)
     options = Options(
         records=args.records, new_tokens=args.new_tokens, tolerance=args.tolerance, dtype=args.dtype,
         prompt_logprobs=not args.no_prompt_logprobs, weights=not args.no_weights, api_key=api_key.read(args.api_key_file),

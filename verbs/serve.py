@@ -7,7 +7,7 @@ import sys
 import threading
 from typing import Any, Dict, Optional
 
-from . import api_key
+from . import api_key, flags
 
 HELP = "serve a model folder over HTTP (text-generation-inference's contract); --detach, --status, --logs, --stop"
 
@@ -31,23 +31,17 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key-file", metavar="F", help="file with the key that clients must send as a bearer token")
     parser.add_argument("--no-proof", action="store_true", help="serve an export that is not proved, or changed since; says so")
     parser.add_argument("--detach", action="store_true", help="return when the server is healthy and leave it running")
-    parser.add_argument("--stop", action="store_true", help="stop the server on --port; requests under way are finished")
+    parser.add_argument("--stop", action="store_true", help="stop the server on --port; requests under way have up to 90 s")
     parser.add_argument("--status", action="store_true", help="say whether a server runs on --port")
     parser.add_argument("--logs", action="store_true", help="print what the server on --port has said, also one that failed")
     parser.add_argument("--dtype", metavar="X", help="float16, bfloat16 or float32; by default the engine's own choice")
     for name in TOKENS:
-        parser.add_argument("--" + name, metavar="N", type=_positive, help="the engine's own setting of that name")
+        parser.add_argument("--" + name, metavar="N", type=flags.whole(1), help="the engine's own setting of that name")
     parser.add_argument("--cors-allow-origin", metavar="URL", help="let browsers on this origin call")
     containers = parser.add_argument_group("with --engine tgi and vllm")
-    containers.add_argument("--num-shard", metavar="N", type=_positive, default=1, help="split over N GPUs; default 1")
+    containers.add_argument("--num-shard", metavar="N", type=flags.whole(1), default=1, help="split over N GPUs; default 1")
     for name, metavar, text in CONTAINERS:
         containers.add_argument("--" + name, metavar=metavar, help=text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError("%r: expected a number of at least 1" % text)
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
@@ -141,7 +135,7 @@ def _interrupt(stopping: threading.Event) -> None:
 
 
 def follow(server: Any, stopping: threading.Event) -> None:
-    """Copy the server's log to stderr until it ends; Ctrl-C or SIGTERM end it cleanly."""
+    """Copy the server's log to stderr until it ends; Ctrl-C or SIGTERM end it cleanly, a second Ctrl-C at once."""
     from pipeline_train.errors import RunFailed
 
     try:
@@ -152,8 +146,11 @@ def follow(server: Any, stopping: threading.Event) -> None:
             raise server.ended(code)
     except KeyboardInterrupt:
         stopping.set()
-        sys.stderr.write("\nstopping; requests under way are finished first\n")
-        code = server.stop()
+        sys.stderr.write("\nstopping; requests under way are finished first, for up to 90 s; Ctrl-C again: at once\n")
+        try:
+            code = server.stop()
+        except KeyboardInterrupt:
+            code = server.stop_now()
         if code != 0:
             raise RunFailed("asked to stop, the server ended with code %d; its log: %s" % (code, server.state.log))
 

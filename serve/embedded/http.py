@@ -30,7 +30,7 @@ def make_app(
 ) -> Starlette:
     """``origins``: who may call from a browser; nobody unless given (the original allows everybody)."""
     routes = Native(service, payload_limit, compute_type).routes()
-    middleware = []
+    middleware = [Middleware(wire.Cut)]
     if origins:
         middleware.append(
             Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["content-type"])

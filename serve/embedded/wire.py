@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import logging
 from typing import Any, AsyncGenerator, Awaitable, Dict, FrozenSet, List, Optional, Tuple
 
 from starlette.requests import Request
@@ -12,6 +13,7 @@ from . import serde
 from .errors import ApiError
 from .shapes import encode
 
+LOG = logging.getLogger("pipedock.serve")
 STREAM_HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
@@ -101,6 +103,29 @@ async def on_gone(request: Request, error: Exception) -> Response:
 async def empty(request: Request, error: Exception) -> Response:
     """404 and 405: the code alone."""
     return Response(status_code=getattr(error, "status_code", 500), headers=getattr(error, "headers", None))
+
+
+class Cut:
+    """A request that is still under way when the server's time to stop is over ends with one line, and with a 503 where its answer
+    has not begun, instead of a traceback and a 500."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noted(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except asyncio.CancelledError:
+            LOG.warning("%s was cut: it was not done when the server had to stop", scope.get("path", "a request"))
+            if scope["type"] == "http" and not begun:
+                await Response("the server is stopping", 503, media_type="text/plain")(scope, receive, send)
 
 
 class ApiKey:

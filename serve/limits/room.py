@@ -49,7 +49,11 @@ def room(case: Case, verdict: Verdict) -> None:
             % (total, case.card.a, found["fitting_context"], _more_shards(case, total))
         )
     longest = case.asked.max_input
-    if total is None and longest is not None and longest >= found["max_context"]:
+    positions = case.sizes.positions
+    if total is None and longest is not None and positions is not None and longest >= positions:
+        verdict.refuse("--max-input-tokens %d: the model has positions for %d tokens, prompt and answer: use less" % (
+            longest, positions))  # fmt: skip
+    elif total is None and longest is not None and longest >= found["max_context"]:
         verdict.refuse("--max-input-tokens %d: beside the weights %s holds one request of about %d tokens: use less%s" % (
             longest, case.card.a, found["max_context"], _more_shards(case, longest + 1)))  # fmt: skip
     _flags(case, verdict, found, fraction)

@@ -49,7 +49,7 @@ def prove(
     work.document.update(url=url, model=model, records_of=source)
     with server:
         try:
-            done = work.checks(records)
+            done = work.checks(records, talks=train_config is not None or bool(codec.tokenizer.chat_template))
         except Unauthorized as error:
             raise servers.refused(url, error) from None
         except ClientError as error:

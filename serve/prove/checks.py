@@ -149,6 +149,11 @@ def chat_ids(server: "Tgi | Vllm", codec: TextCodec, prompts: Sequence[Prompt]) 
     return check if asked else _without(check, "none of these records is a conversation for the chat route")
 
 
+def no_chat() -> Check:
+    """In place of ``chat_ids``."""
+    return _without(Check("chat token ids", "tokens"), "the folder has no chat template, so its server has no chat")
+
+
 def ends(codec: TextCodec, answers: Sequence[Answer]) -> Check:
     """Answers stop at what ended them in training, and nowhere else before their length."""
     check = Check("end of sequence", "answers")

@@ -40,15 +40,17 @@ class Work:
         self.server, self.codec, self.model, self.raw, self.options, self.say = server, codec, model, raw, options, say
         self.document: Dict[str, Any] = {"format": "pipedock-prove/1", "holds": False, "server": server.name, "notes": []}
 
-    def checks(self, records: Sequence[Record]) -> List[Check]:
-        """All of them, in the order in which one explains the next. ClientError, UserError, RunFailed."""
+    def checks(self, records: Sequence[Record], talks: bool) -> List[Check]:
+        """All of them, in the order in which one explains the next. ``talks``: there is a chat template. ClientError, UserError,
+        RunFailed."""
         asked = self._asked(records)
         self.document["records"] = sorted({prompt.where.partition(", answer")[0] for prompt in asked})
         self._note(asked)
         self.say("asking %s, %d prompts" % (self.server.name, len(asked)))
         answers = checks.ask(self.server, asked, self.options.new_tokens, self.options.prompt_logprobs)
         ids = checks.token_ids(self.server, self.codec, asked, answers)
-        done = [checks.folder(self.codec, self.model, asked), ids, checks.chat_ids(self.server, self.codec, asked)]
+        chats = checks.chat_ids(self.server, self.codec, asked) if talks else checks.no_chat()
+        done = [checks.folder(self.codec, self.model, asked), ids, chats]
         if self.options.weights:
             done += self._computed(answers, [one for one in answers if one.prompt not in ids.wrong])
         return done + [checks.ends(self.codec, answers)]

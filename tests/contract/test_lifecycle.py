@@ -1,17 +1,23 @@
 """``pipedock serve`` and ``pipedock ask`` as a user runs them: start, look, ask, stop; and the end of a server under load."""
 
+import http.client
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 
-from serve.client import Client
+from bench import servers, shapes
+from serve.client import Client, ClientError
+from tests.contract.conftest import Served
 from tests.free_port import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,3 +118,54 @@ def test_ask_refused_by_the_server(pipedock, server):
     done = pipedock("ask", "--url", server.url + "/nowhere", "Hello")
     assert done.returncode == 2 and "no such route here" in done.stderr
     assert "expected http://HOST:PORT" in pipedock("ask", "--url", "localhost:1", "Hello").stderr
+
+
+def test_what_is_not_done_when_the_server_must_stop_is_cut_in_one_line(tmp_path):
+    servers.random_model(tmp_path / "model", shapes.SHAPES["llama-tiny"])  # it ends no answer by itself
+    served = Served(tmp_path / "model", tmp_path / "log", "-g", "1").wait()
+    body = json.dumps({"inputs": "one", "parameters": {"max_new_tokens": 4000}}).encode()
+    seen = {}
+
+    def ask(path):
+        request = urllib.request.Request(served.url + path, body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                seen[path] = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            seen[path] = error.code, error.read()
+        except (OSError, http.client.HTTPException) as error:
+            seen[path] = type(error).__name__
+
+    threads = [threading.Thread(target=ask, args=(path,)) for path in ("/generate", "/generate_stream")]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    assert served.stop() == 0
+    for thread in threads:
+        thread.join(30)
+    said = (tmp_path / "log").read_text()
+    assert seen["/generate"] == (503, b"the server is stopping") and seen["/generate_stream"] == "IncompleteRead", (seen, said)
+    for path in seen:
+        assert "%s was cut: it was not done when the server had to stop" % path in said
+    assert "Traceback" not in said
+
+
+def test_a_second_interrupt_ends_the_server_at_once(pipedock, tmp_path):
+    servers.random_model(tmp_path / "model", shapes.SHAPES["llama-tiny"])
+    port = free_port()
+    process = pipedock("serve", "--model", str(tmp_path / "model"), "--port", str(port), "--json", background=True)
+    try:
+        document = json.loads(process.stdout.readline())
+        with Client(document["url"], timeout=60) as client:
+            stream = client.generate_stream("one", max_new_tokens=4000)
+            next(stream)
+            for _ in range(2):  # to the command alone, as a supervisor sends it
+                os.kill(process.pid, signal.SIGINT)
+                time.sleep(1)
+            process.wait(15)
+            with pytest.raises(ClientError):
+                list(stream)
+    finally:
+        process.kill()
+    said = process.stderr.read() + Path(document["log"]).read_text()
+    assert not Path("/proc/%d" % document["pid"]).exists() and "was cut" in said and "Traceback" not in said, said

@@ -12,7 +12,7 @@ from bench import shapes, train
 from bench.rows import Rows, drawn
 from bench.task import Case
 from pipeline_train import families
-from pipeline_train.errors import UserError
+from pipeline_train.errors import RunFailed, UserError
 from pipeline_train.models.loss import IGNORE
 from verbs import bench as verb
 
@@ -167,6 +167,7 @@ def test_a_folder_that_cannot_be_worked_in():
     (["--streams", "0"], "--streams 0: expected numbers of streams, such as 1,16"),
     (["--new-tokens", "0"], "--new-tokens, --seconds: must be more than 0"),
     (["--model", "llama-7"], "--model llama-7: did you mean llama-7b?"),
+    (["--dtype", "fp8"], "--dtype fp8: expected one of fp16, bf16, fp32, float16, bfloat16, float32"),
 ])  # fmt: skip
 def test_a_server_that_cannot_be_measured(options, message, capfd):
     from pipedock import main
@@ -193,3 +194,19 @@ def test_the_table_of_servers():
         "-",
         "-",
     ]
+
+
+def test_a_stream_that_breaks_off_is_said_once(monkeypatch, capfd):
+    from bench import serve as bench_serve
+
+    calls = []
+
+    def broken(*args):
+        calls.append(args)
+        if len(calls) > 1:  # the first warms up
+            raise RunFailed("bench serve: data: {}")
+
+    monkeypatch.setattr(bench_serve, "_stream", broken)
+    with pytest.raises(RunFailed, match="^bench serve: a stream broke off: bench serve: data: {}$"):
+        bench_serve._streams(None, 3, 8, 0.05)
+    assert "Traceback" not in capfd.readouterr().err

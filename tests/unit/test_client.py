@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 
 import pytest
@@ -210,3 +211,29 @@ def test_results_cannot_be_changed():
         made = Sync(stub.url).call("generate", "x")
     with pytest.raises(AttributeError):
         made.text = "other"
+
+
+@both
+@pytest.mark.parametrize("method, name, text", [
+    ("generate", "tempreature", "no parameter tempreature here; did you mean temperature? (there are "),
+    ("generate", "max_tokens", "no parameter max_tokens here; did you mean max_new_tokens? (there are "),
+    ("chat", "max_new_tokens", "no parameter max_new_tokens here; did you mean max_tokens? (there are "),
+    ("chat", "return_full_text", "no parameter return_full_text here (there are "),
+])  # fmt: skip
+def test_a_parameter_that_the_server_would_pass_over_is_refused(kind, method, name, text):
+    prompt = "hello" if method == "generate" else [{"role": "user", "content": "hello"}]
+    with pytest.raises(TypeError, match="^" + re.escape(text)):
+        kind("http://127.0.0.1:9").call(method, prompt, **{name: 1})
+
+
+def test_a_parameter_that_is_like_none_is_sent():
+    with Stub(whole(WHOLE)) as stub:
+        Sync(stub.url).call("generate", "hello", min_p=0.1)
+        assert stub.seen[0][1]["parameters"]["min_p"] == 0.1
+
+
+@pytest.mark.parametrize("client", [Client, AsyncClient])
+def test_no_time_at_all_is_refused(client):
+    for seconds in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="timeout .*: expected seconds, more than 0"):
+            client("http://127.0.0.1:9", timeout=seconds)

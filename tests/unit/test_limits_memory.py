@@ -206,6 +206,12 @@ def test_a_prompt_that_does_not_fit():
     accepted(BLOOM_7B, "tgi", "0.8", 1, "t4", max_input=fits - 1)
 
 
+def test_a_prompt_that_the_model_has_no_positions_for():
+    reason = refused(LLAMA_7B, "tgi", "3.3", 1, "a100", max_input=LLAMA_7B["max_position_embeddings"])
+    assert reason == "--max-input-tokens %d: the model has positions for %d tokens, prompt and answer: use less" % (
+        (LLAMA_7B["max_position_embeddings"],) * 2)  # fmt: skip
+
+
 def test_33_is_told_what_it_may_try_of_a_bloom():
     verdict = accepted(BLOOM_7B, "tgi", "3.3", 2, "t4")
     assert flag(verdict, "--max-batch-prefill-tokens") == verdict.capacity["max_context"] < 4096

@@ -319,8 +319,17 @@ def test_user_errors(own, tmp_path, capfd):
         assert main(["prove", "--url", url, *more]) == 2
         shown = capfd.readouterr().err
         assert message in shown and shown.count("pipedock prove: ") == 1
-    assert main(["prove", "--url", "localhost", "--model", own.model]) == 2
-    assert "--url localhost: expected http://HOST:PORT" in capfd.readouterr().err
+
+
+def test_a_folder_without_a_chat_template_has_no_chat_to_compare(own, tmp_path):
+    bare = made.planted(own.model, tmp_path / "bare")
+    (tmp_path / "bare" / "chat_template.jinja").unlink(missing_ok=True)
+    path = tmp_path / "bare" / "tokenizer_config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "chat_template"}))
+    with Tgi33(bare) as fake:
+        document = prove(fake.url, bare, options=Options(weights=False))
+    chat = next(check for check in document["checks"] if check["name"] == "chat token ids")
+    assert chat["holds"] is None and chat["why"] == "the folder has no chat template, so its server has no chat"
 
 
 def test_user_errors_about_the_model(own, tmp_path):

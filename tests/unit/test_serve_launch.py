@@ -227,7 +227,7 @@ def test_the_end_of_a_server_is_reported(tmp_path, capfd):
     with open(log, "wb") as out:
         process = subprocess.Popen(["sh", "-c", "echo one; kill -9 $$"], stdout=out)
     server = Server(process, state.Running(process.pid, "", 9997, "u", "m", "embedded", str(log)))
-    with pytest.raises(RunFailed, match="the server ended with code -9; the end of .*:\none$"):
+    with pytest.raises(RunFailed, match="the server was killed by signal 9 .by the system, where .*; the end of .*:\none$"):
         follow(server, threading.Event())
     assert capfd.readouterr().err == "one\n"
 
