@@ -6,9 +6,10 @@ server.state.url, server.stop()
 """
 
 import socket
+import time
 from typing import Any, Callable, Optional, Union
 
-from pipeline_train.errors import UserError
+from pipeline_train.errors import RunFailed, UserError
 
 from . import embedded_process, state
 from .containers import argv, daemon, found
@@ -17,6 +18,7 @@ from .embedded_process import Server
 from .limits.files import TOKENIZERS
 from .limits.folder import listed
 from .proved import check_proof
+from .reach import healthy
 from .settings import Settings
 
 ENGINES = ("embedded", "tgi", "vllm")
@@ -78,6 +80,23 @@ def running(settings: Settings) -> Optional[Known]:
     """The living server of this port if it is exactly what ``settings`` ask for."""
     known = find(settings.port, settings.engine)
     return known if known is not None and known.alive and known.identity == settings.identity() else None
+
+
+def settled(settings: Settings, progress: Say, seconds: float) -> Optional[Known]:
+    """``running``, a process once it answers or has ended: it may be loading, or finishing its last requests. RunFailed when it
+    does neither."""
+    end = time.monotonic() + seconds
+    known = running(settings)
+    while isinstance(known, state.Running) and not healthy(known.url):
+        if time.monotonic() > end:
+            raise RunFailed(
+                "port %d: the server there (%s) neither answers nor ends: see pipedock serve --logs --port %d; --stop ends it"
+                % (known.port, known.where, known.port)
+            )
+        progress("waiting for the server on port %d (%s), which is loading or stopping" % (known.port, known.where))
+        time.sleep(0.5)
+        known = running(settings)
+    return known
 
 
 def find(port: int, engine: str = "embedded") -> Optional[Known]:

@@ -97,11 +97,14 @@ def _settings(args: argparse.Namespace) -> Any:
 
 def _serve(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
     from pipeline_train.errors import RunFailed
-    from serve.launch import check, running, start
+    from serve.launch import check, settled, start
 
     settings, progress = _settings(args), Progress()
     check(settings)
-    known = running(settings)
+    try:
+        known = settled(settings, progress, TIMEOUT_S)
+    finally:
+        progress.end()
     if known is not None:
         return dict(_document(known), already=True)
     stopping = threading.Event()

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from bench import servers, shapes
+from pipeline_train.errors import RunFailed
+from serve import launch, state
 from serve.client import Client, ClientError
 from tests.contract.conftest import Served
 from tests.free_port import free_port
@@ -169,3 +171,29 @@ def test_a_second_interrupt_ends_the_server_at_once(pipedock, tmp_path):
         process.kill()
     said = process.stderr.read() + Path(document["log"]).read_text()
     assert not Path("/proc/%d" % document["pid"]).exists() and "was cut" in said and "Traceback" not in said, said
+
+
+def test_a_server_that_is_stopping_is_waited_for(pipedock, tmp_path):
+    servers.random_model(tmp_path / "model", shapes.SHAPES["llama-tiny"])
+    port = str(free_port())
+    start = ["serve", "--model", str(tmp_path / "model"), "--port", port, "--detach", "--json"]
+    try:
+        first = json.loads(pipedock(*start).stdout)
+        with Client(first["url"], timeout=60) as client:
+            stream = client.generate_stream("one", max_new_tokens=1500)
+            next(stream)
+            os.kill(first["pid"], signal.SIGTERM)
+            threading.Thread(target=list, args=(stream,), daemon=True).start()
+            again = pipedock(*start)
+        second = json.loads(again.stdout)
+        assert second["healthy"] and second["pid"] != first["pid"] and "already" not in second
+        assert "waiting for the server on port %s (pid %d), which is loading or stopping" % (port, first["pid"]) in again.stderr
+    finally:
+        pipedock("serve", "--stop", "--port", port)
+
+
+def test_a_server_that_neither_answers_nor_ends_is_not_waited_for_for_ever(monkeypatch):
+    silent = state.Running(7, "", 8082, "http://127.0.0.1:9", "m", "embedded", "log")
+    monkeypatch.setattr(launch, "running", lambda settings: silent)
+    with pytest.raises(RunFailed, match="^port 8082: the server there .pid 7. neither answers nor ends: see pipedock serve --logs"):
+        launch.settled(None, lambda line: None, 0.6)
