@@ -1,7 +1,9 @@
 """What differs between the stacks, and which DeepSpeed releases are refused."""
 
+import inspect
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,3 +150,24 @@ def test_quiet_cpu_ops_is_there_on_every_stack():
 
     compat.quiet_cpu_ops()
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
+def test_operators_of_our_own_are_there_where_torch_makes_them():
+    assert compat.has_custom_ops() == hasattr(torch.library, "custom_op")
+
+
+def test_deepspeeds_timer_waits_for_no_gpu_any_more(monkeypatch):
+    from deepspeed.utils import timer
+
+    waited = []
+    monkeypatch.setattr(timer, "get_accelerator", lambda: SimpleNamespace(synchronize=lambda: waited.append(1)))
+    settings = SimpleNamespace(enabled=True, synchronized=True)
+    arguments = (settings, 1, 0) if "config" in inspect.signature(timer.ThroughputTimer.__init__).parameters else (1, 0)
+    engine = SimpleNamespace(tput_timer=timer.ThroughputTimer(*arguments))
+    engine.tput_timer.start()
+    engine.tput_timer.stop(global_step=True)
+    before = len(waited)
+    compat.stop_timing(engine)
+    engine.tput_timer.start()
+    engine.tput_timer.stop(global_step=True, report_speed=False)
+    assert before > 0 and len(waited) == before
