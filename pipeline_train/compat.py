@@ -183,6 +183,13 @@ def has_custom_ops() -> bool:
     return release(torch.__version__) >= (2, 4)
 
 
+def has_wide_products() -> bool:
+    """addmm(out_dtype=), on CUDA: 16-bit factors, an fp32 sum. Since torch 2.8."""
+    import torch
+
+    return release(torch.__version__) >= (2, 8)
+
+
 def fused_adamw(cuda: bool) -> bool:
     """torch.optim.AdamW(fused=True): on CUDA since torch 2.0, on CPU (about ten times faster there) since 2.4."""
     import torch

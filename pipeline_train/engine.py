@@ -175,7 +175,7 @@ class Pipeline:
     def evaluate(self, batches: Iterator[MicroBatch], learnt_tokens: int) -> float:
         """Mean loss over one step's learnt tokens, no gradients."""
         self._aim(learnt_tokens)
-        loss = float(self.engine.eval_batch(batches))
+        loss = float(self.engine.eval_batch(self._sent(batches)))
         self.watched.clock.take()
         return loss
 

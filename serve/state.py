@@ -12,7 +12,8 @@ from pipeline_train.errors import RunFailed
 
 from .reach import curl_lines, tail
 
-DRAIN_S = 95.0  # a little more than the server gives requests under way
+GRACE_S = 90  # for requests under way when a server is asked to stop, TGI's own default
+DRAIN_S = GRACE_S + 5.0
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key-file", metavar="F", help="file with the key that clients must send as a bearer token")
     parser.add_argument("--no-proof", action="store_true", help="serve an export that is not proved, or changed since; says so")
     parser.add_argument("--detach", action="store_true", help="return when the server is healthy and leave it running")
-    parser.add_argument("--stop", action="store_true", help="stop the server on --port; requests under way have up to 90 s")
+    parser.add_argument("--stop", action="store_true", help="stop the server on --port; requests under way have time to end")
     parser.add_argument("--status", action="store_true", help="say whether a server runs on --port")
     parser.add_argument("--logs", action="store_true", help="print what the server on --port has said, also one that failed")
     parser.add_argument("--dtype", metavar="X", help="float16, bfloat16 or float32; by default the engine's own choice")
@@ -140,6 +140,7 @@ def _interrupt(stopping: threading.Event) -> None:
 def follow(server: Any, stopping: threading.Event) -> None:
     """Copy the server's log to stderr until it ends; Ctrl-C or SIGTERM end it cleanly, a second Ctrl-C at once."""
     from pipeline_train.errors import RunFailed
+    from serve.state import GRACE_S
 
     try:
         for line in server.lines():
@@ -149,7 +150,7 @@ def follow(server: Any, stopping: threading.Event) -> None:
             raise server.ended(code)
     except KeyboardInterrupt:
         stopping.set()
-        sys.stderr.write("\nstopping; requests under way are finished first, for up to 90 s; Ctrl-C again: at once\n")
+        sys.stderr.write("\nstopping; requests under way are finished first, for up to %d s; Ctrl-C again: at once\n" % GRACE_S)
         try:
             code = server.stop()
         except KeyboardInterrupt:

@@ -17,14 +17,14 @@ from .. import compat
 # The address of a weight -> the sum of its gradients, fp32, of its shape. Found by address, not handed over: the sum changes
 # between a micro-batch's forward and backward pass, and autograd (torch.compile's, too) refuses what was saved and has changed.
 SUMS: Dict[int, torch.Tensor] = {}
-IN_PRODUCT = compat.release(torch.__version__) >= (2, 8)  # addmm(out_dtype=), CUDA only
+WIDE = compat.has_wide_products()
 
 
 @torch.library.custom_op("pipedock::input_gradient", mutates_args=())
 def _input_gradient(upstream: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """upstream[N,O] weight[O,I] -> [N,I]; and upstream^T x[N,I] joins the weight's sum, which torch.compile does not know of."""
     total = SUMS[weight.data_ptr()]
-    if total.is_cuda and IN_PRODUCT:
+    if total.is_cuda and WIDE:
         torch.addmm(total, upstream.t(), x, out_dtype=torch.float32, out=total)
     else:
         total.add_(upstream.t() @ x)

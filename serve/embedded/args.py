@@ -12,6 +12,8 @@ from typing import Any, List, Mapping, NoReturn, Optional, Sequence, Tuple
 
 from pipeline_train.errors import UserError
 
+from ..state import GRACE_S
+
 DTYPES = ("float32", "float16", "bfloat16")
 
 VALUES: Tuple[Tuple[str, type, Any, str], ...] = (  # flag, type, default, help
@@ -35,7 +37,7 @@ VALUES: Tuple[Tuple[str, type, Any, str], ...] = (  # flag, type, default, help
     ("api-key", str, None, "required as a bearer token on the generating routes"),
     ("payload-limit", int, 2000000, "largest request body in bytes"),
     ("tokenizer-config-path", str, None, "take the chat template from this file"),
-    ("graceful-termination-timeout", int, 90, "seconds for running requests after SIGTERM"),
+    ("graceful-termination-timeout", int, GRACE_S, "seconds for running requests after SIGTERM"),
 )
 SWITCHES = {
     "trust-remote-code": None,

@@ -53,11 +53,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: Optional[float],
             one = slice(row, row + 1)
             out[row] = sdpa(q[one], k[one, :, first:last], v[one, :, first:last], scale=scale)[0]
     else:
-        column = torch.arange(step.width, device=q.device)
-        seen = column <= step.columns[:, None]
-        if window:
-            seen = seen & (column > step.columns[:, None] - window)
-        out = sdpa(q, k, v, attn_mask=seen[:, None, None, :], scale=scale)
+        out = sdpa(q, k, v, attn_mask=mask(step.columns, 1, step.width, q.dtype, window), scale=scale)
     return out.reshape(rows, 1, heads, v.shape[3])
 
 
@@ -67,12 +63,7 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: Optional[float]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if step.starts[0] == 0 and not (window and window < step.width):
         return sdpa(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
-    place = torch.arange(step.starts[0], step.width, device=q.device)[:, None]
-    column = torch.arange(step.width, device=q.device)
-    seen = column <= place
-    if window:
-        seen = seen & (column > place - window)
-    return sdpa(q, k, v, attn_mask=seen, scale=scale).transpose(1, 2)
+    return sdpa(q, k, v, attn_mask=mask(step.columns, step.count, step.width, q.dtype, window), scale=scale).transpose(1, 2)
 
 
 def _fixed(q: Tensor, k: Tensor, v: Tensor, step: FixedStep, scale: Optional[float], window: Optional[int]) -> Tensor:

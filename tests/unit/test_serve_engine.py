@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from pipeline_train.errors import RunFailed, UserError  # noqa: E402
 from serve.embedded import packed  # noqa: E402
 from serve.embedded.engine import Engine  # noqa: E402
+from tests import greedy  # noqa: E402
 from tests.models import make_hf, tiny_config  # noqa: E402
 
 # Widths in multiples of 32, as published models have: then not one bit depends on the batch.
@@ -55,23 +56,9 @@ def no_gradients():
         yield
 
 
-def plain_greedy(model, ids, count):
-    out = []
-    for _ in range(count):
-        logits = model(torch.tensor([ids + out])).logits[0, -1]
-        out.append(int(logits.argmax()))
-    return out
-
-
 def greedy_alone(engine, ids, count):
-    """-> (tokens, logits of every step)"""
     engine.clear()
-    logits, tokens, seen = engine.prefill(0, ids, 0)[0], [], []
-    for step in range(count):
-        seen.append(logits.clone())
-        tokens.append(int(logits.argmax()))
-        logits = engine.decode([tokens[-1]], [len(ids) + step])[0]
-    return tokens, seen
+    return greedy.of_engine(engine, ids, count)
 
 
 def prompts(count, seed=1):
@@ -82,7 +69,7 @@ def prompts(count, seed=1):
 def test_greedy_is_transformers_greedy(pair):
     engine, model = pair
     for ids in prompts(4):
-        assert greedy_alone(engine, ids, 8)[0] == plain_greedy(model, ids, 8)
+        assert greedy_alone(engine, ids, 8)[0] == greedy.of_model(model, ids, 8)
 
 
 def test_logits_have_the_same_bits_in_any_company(pair):
@@ -179,7 +166,7 @@ def test_a_sliding_window_is_kept(tmp_path):
     )
     engine = Engine(str(tmp_path))
     ids = list(range(3, 40))
-    assert greedy_alone(engine, ids, 6)[0] == plain_greedy(model, ids, 6)
+    assert greedy_alone(engine, ids, 6)[0] == greedy.of_model(model, ids, 6)
 
 
 def test_missing_weights_are_not_made_up(tmp_path):

@@ -6,6 +6,7 @@ pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
 import torch  # noqa: E402
 
 from serve.embedded.engine import Engine  # noqa: E402
+from tests import greedy  # noqa: E402
 from tests.models import make_hf, tiny_config  # noqa: E402
 
 LLAMA = tiny_config("llama", max_position_embeddings=512)
@@ -24,21 +25,6 @@ def made(folder, config=LLAMA, dtype=None):
     engine.record(lambda: lambda run: run)
     assert engine.graphs
     return engine, model
-
-
-def greedy(engine, ids, count, row=0):
-    logits, tokens = engine.prefill(row, ids, 0)[-1], []
-    for step in range(count):
-        tokens.append(int(logits.argmax()))
-        logits = engine.decode([tokens[-1]], [len(ids) + step])[0]
-    return tokens
-
-
-def plain_greedy(model, ids, count):
-    out = []
-    for _ in range(count):
-        out.append(int(model(torch.tensor([ids + out])).logits[0, -1].argmax()))
-    return out
 
 
 def test_a_pass_is_recorded_once_for_its_shape(tmp_path):
@@ -70,7 +56,7 @@ def test_a_model_that_cannot_be_recorded_is_served_all_the_same(tmp_path, caplog
     engine = Engine(str(tmp_path))
     engine.record(lambda: fails)
     assert "llama is served without CUDA graphs, slower: operation not permitted when stream is capturing" in caplog.text
-    assert greedy(engine, [5, 6, 7], 4) == plain_greedy(model, [5, 6, 7], 4)
+    assert greedy.of_engine(engine, [5, 6, 7], 4)[0] == greedy.of_model(model, [5, 6, 7], 4)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
@@ -86,13 +72,13 @@ def test_a_model_with_a_table_of_positions_is_served_to_its_last_one(tmp_path, k
                            num_hidden_layers=2, num_attention_heads=2)  # fmt: skip
     engine, model = made(tmp_path, config.to_dict())
     ids = [3 + place * place % 130 for place in range(length)]
-    assert greedy(engine, ids, 6) == plain_greedy(model, ids, 6)
+    assert greedy.of_engine(engine, ids, 6)[0] == greedy.of_model(model, ids, 6)
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_a_request_that_overflows_leaves_nothing_behind(tmp_path, family):
     engine, model = made(tmp_path, tiny_config(family))
-    wanted = plain_greedy(model, [5, 6, 7], 4)
+    wanted = greedy.of_model(model, [5, 6, 7], 4)
     table = engine.model.get_input_embeddings().weight
     sound = table[20].clone()
     table[20] = float("inf")
@@ -100,7 +86,7 @@ def test_a_request_that_overflows_leaves_nothing_behind(tmp_path, family):
     assert torch.isnan(engine.prefill(1, [5, 20] * 15, 0)).any()
     table[20] = sound
     engine.rest(10**6)
-    assert greedy(engine, [5, 6, 7], 4) == wanted
+    assert greedy.of_engine(engine, [5, 6, 7], 4)[0] == wanted
     engine.prefill(2, [5, 6, 7], 0)
     engine.move(2, 1)  # over what the overflow left there
     engine.move(1, 0)

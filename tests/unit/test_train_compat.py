@@ -154,6 +154,7 @@ def test_quiet_cpu_ops_is_there_on_every_stack():
 
 def test_operators_of_our_own_are_there_where_torch_makes_them():
     assert compat.has_custom_ops() == hasattr(torch.library, "custom_op")
+    assert compat.has_wide_products() == hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 def test_deepspeeds_timer_waits_for_no_gpu_any_more(monkeypatch):
