@@ -20,7 +20,7 @@ from .engine import Engine
 from .errors import ApiError, failed
 from .metrics import Metrics
 from .row import Job, Row
-from .sampling import Choice, pick_plain
+from .sampling import Choice, choices, likeliest
 from .shapes import TokenEvent
 from .text import Text
 
@@ -120,7 +120,7 @@ class Scheduler:
             row.length += len(piece)
             if row.length == len(row.job.accepted.ids):
                 self._joining = None
-                self._add(row, choose([row], logits[-1:])[0])
+                self._add(row, choose([row], logits[-1:], self._engine.best)[0])
 
     def _admit(self) -> bool:
         """Let the next waiting request in if there is a row and room for all its tokens; the first one always has both."""
@@ -144,7 +144,7 @@ class Scheduler:
         forward = time.perf_counter()
         for row in rows:  # all of them before anybody leaves: a row is moved with its newest token
             row.length += 1
-        for row, choice in zip(rows, choose(rows, logits)):
+        for row, choice in zip(rows, choose(rows, logits, self._engine.best)):
             self._add(row, choice)
         self._metrics.observe("tgi_batch_decode_duration", time.perf_counter() - forward, "decode")
         self._end("decode", started, forward)
@@ -204,11 +204,14 @@ class Scheduler:
         self._metrics.observe("tgi_batch_inference_duration", now - started, method)
 
 
-def choose(rows: List[Row], logits: Tensor) -> List[Union[Choice, ApiError]]:
-    """The next token of each row; ``logits`` [B, V]. How a row is treated depends on that row alone, and so does its failure."""
+def choose(rows: List[Row], logits: Tensor, best: Optional[Tensor]) -> List[Union[Choice, ApiError]]:
+    """The next token of each row; ``logits`` [B, V]; ``best``: what ``likeliest`` gives for them (and more), where it is known.
+    How a row is treated depends on that row alone, and so does its failure."""
     plain = [place for place, row in enumerate(rows) if row.sampler.plain]
-    some = logits if len(plain) == len(rows) else logits[plain]
-    found: Dict[int, Union[Choice, ApiError]] = dict(zip(plain, pick_plain(some))) if plain else {}
+    found: Dict[int, Union[Choice, ApiError]] = {}
+    if plain:
+        these = slice(len(rows)) if len(plain) == len(rows) else plain
+        found.update(zip(plain, choices(likeliest(logits[these]) if best is None else best[:, these])))
     for place, row in enumerate(rows):
         if place not in found:
             try:

@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # 
 
 class Engine:
     """``vocab``: logits per row; ``known``: token ids it can read; ``max_positions``: tokens a row may have; ``device_name``;
-    ``dtype``; ``kv_bytes`` per token."""
+    ``dtype``; ``kv_bytes`` per token. ``best``: sampling.likeliest of the last pass's rows, None when it was not recorded."""
 
     def __init__(
         self, folder: str, dtype: Optional[str] = None, revision: Optional[str] = None, trust_remote_code: bool = False
@@ -45,6 +45,7 @@ class Engine:
         self._recorded: Optional[Recorded] = None
         self._slopes = False
         self.kv_bytes = 0
+        self.best: Optional[Tensor] = None
         with torch.inference_mode():
             self._settle()
 
@@ -53,7 +54,8 @@ class Engine:
         if start == 0:
             self._cache.clean(row)
         if self._recorded and (self._own_attention or self._slopes) and not all_logits and len(ids) <= PIECES[-1]:
-            return self._recorded.prefill(row, ids, start)
+            logits, self.best = self._recorded.prefill(row, ids, start)
+            return logits
         if self._recorded:
             self._recorded.room(row + 1, start + len(ids))
         self._keep = len(ids) if all_logits else 1
@@ -63,7 +65,8 @@ class Engine:
     def decode(self, tokens: List[int], lengths: List[int]) -> Tensor:
         """Add one token to each of the rows 0..B-1, which hold ``lengths`` tokens -> logits float [B, V]."""
         if self._recorded:
-            return self._recorded.decode(tokens, lengths)
+            logits, self.best = self._recorded.decode(tokens, lengths)
+            return logits
         self._keep = 1
         step = Step(0, lengths, 1, True, self.device)
         return self._forward(torch.tensor(tokens, device=self.device)[:, None], step)[:, 0]
@@ -97,7 +100,7 @@ class Engine:
         return self._forward(ids, step)
 
     def _forward(self, ids: Tensor, step: Union[Step, FixedStep]) -> Tensor:
-        self._cache.step = step
+        self._cache.step, self.best = step, None
         span = torch.arange(step.count, device=self.device)
         inputs: Dict[str, Any] = {"input_ids": ids, "past_key_values": self._cache, "use_cache": True}
         if "position_ids" in self._arguments:

@@ -11,19 +11,20 @@ prefill  a piece of a prompt, padded to one of ``PIECES``; what the padding writ
 Rows that are not in use write their key into the table's last column, which nobody reads.
 """
 
-from typing import Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 from torch import Tensor
 
 from .cache import COLUMNS, FixedStep, SlotCache
+from .sampling import likeliest
 
 LEAST = 64
 PIECES = (16, 64, 256)
 NARROW = 128  # the fewest columns that a pass is recorded for
 
 Forward = Callable[[Tensor, FixedStep], Tensor]  # ids [B, n] -> logits [B, n or 1, V]
-Run = Callable[[], Tensor]
+Run = Callable[[], Any]
 
 
 class Recorded:
@@ -38,22 +39,24 @@ class Recorded:
         self._logits: Dict[int, Tensor] = {}  # for each B one place that all passes of B rows write to
         self._runs: Dict[Tuple[int, ...], Tuple[Tensor, Run, Run]] = {}
 
-    def decode(self, tokens: List[int], lengths: List[int]) -> Tensor:
-        """As Engine.decode."""
+    def decode(self, tokens: List[int], lengths: List[int]) -> Tuple[Tensor, Tensor]:
+        """As Engine.decode, and Engine.best."""
         active, width = _power(len(tokens)), max(NARROW, _power(max(lengths) + 1))
         self.room(len(tokens), width)
         batch = max(self._least, active)
         pads = batch - len(tokens)
         given = tokens + [0] * pads + lengths + [self._cache.size[1] - 1] * pads
-        return self._run((active, width), given, self._decode_pass)[: len(tokens), 0]
+        logits, best = self._run((active, width), given, self._decode_pass)
+        return logits[: len(tokens), 0], best
 
-    def prefill(self, row: int, ids: List[int], start: int) -> Tensor:
-        """As Engine.prefill, logits behind the last token only; at most PIECES[-1] of them."""
+    def prefill(self, row: int, ids: List[int], start: int) -> Tuple[Tensor, Tensor]:
+        """As Engine.prefill, logits behind the last token only, and Engine.best; at most PIECES[-1] tokens."""
         count = next(piece for piece in PIECES if piece >= len(ids))
         width = max(NARROW, _power(start + count))
         self.room(row + 1, width)
         given = ids + [0] * (count - len(ids)) + [row, start, len(ids) - 1]
-        return self._run((0, width, count), given, self._prefill_pass)[0]
+        logits, best = self._run((0, width, count), given, self._prefill_pass)
+        return logits[0], best
 
     def room(self, rows: int, columns: int) -> None:
         """Make the cache large enough; then the addresses have changed."""
@@ -67,7 +70,7 @@ class Recorded:
         self._logits.clear()
         self._record = self._recorder()
 
-    def _run(self, key: Tuple[int, ...], given: List[int], make: Callable[[Tensor, Tuple[int, ...]], Run]) -> Tensor:
+    def _run(self, key: Tuple[int, ...], given: List[int], make: Callable[[Tensor, Tuple[int, ...]], Run]) -> Any:
         if key not in self._runs:
             numbers = torch.tensor(given, device=self._device)
             plain = self._placed(make(numbers, key))
@@ -77,13 +80,14 @@ class Recorded:
         return run()
 
     def _placed(self, run: Run) -> Run:
-        """A pass that keeps a result of its own would keep rows x vocabulary for every shape."""
+        """A pass that keeps a result of its own would keep rows x vocabulary for every shape. The usual choice is part of it:
+        a dozen kernels that need not be launched one by one."""
 
-        def placed() -> Tensor:
+        def placed() -> Tuple[Tensor, Tensor]:
             logits = run()
             if len(logits) not in self._logits:
                 self._logits[len(logits)] = torch.empty_like(logits)
-            return self._logits[len(logits)].copy_(logits)
+            return self._logits[len(logits)].copy_(logits), likeliest(logits[:, 0])
 
         return placed
 
@@ -114,7 +118,7 @@ def graphs() -> Callable[[Run], Run]:
         with torch.cuda.graph(graph, pool=pool):
             result = run()
 
-        def again() -> Tensor:
+        def again() -> Any:
             graph.replay()
             return result
 

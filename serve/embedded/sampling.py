@@ -120,13 +120,17 @@ def _only(scores: Tensor, ids: Tensor) -> Tensor:
     return kept
 
 
-def pick_plain(logits: Tensor) -> List[Choice]:
-    """The largest logit of every row [B, V], the first of equals, with its log-probability."""
+def likeliest(logits: Tensor) -> Tensor:
+    """[B, V] -> double [2, B]: the largest logit of every row, the first of equals, and its log-probability."""
     rows = torch.nan_to_num(logits.float(), nan=-HUGE, posinf=HUGE, neginf=-HUGE)
     best = torch.argmax(rows, -1)
     logprobs = torch.gather(rows, -1, best[:, None])[:, 0] - torch.logsumexp(rows, -1)
-    both = torch.stack([best.double(), logprobs.double()]).tolist()  # one wait for a GPU instead of two
-    return [Choice(int(one), shortest(value)) for one, value in zip(*both)]
+    return torch.stack([best.double(), logprobs.double()])  # one wait for a GPU instead of two
+
+
+def choices(found: Tensor) -> List[Choice]:
+    """What ``likeliest`` found for some rows."""
+    return [Choice(int(one), shortest(value)) for one, value in zip(*found.tolist())]
 
 
 def shortest(value: float) -> Optional[float]:

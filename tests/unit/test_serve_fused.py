@@ -69,6 +69,17 @@ def test_a_fused_model_is_the_same(case, tmp_path, llama_module):
     assert Engine(str(tmp_path)).attention  # a second model meets the rotation that is there
 
 
+def test_queries_and_keys_are_copied_only_where_they_do_not_lie_together():
+    y = torch.randn(2, 3, 6 * 8)  # of each token four queries, a key, a value
+    heads = y.view(2, 3, 6, 8).transpose(1, 2)
+    q, k, v = heads[:, :4], heads[:, 4:5], heads[:, 5:]
+    together = fused._beside(q, k)
+    assert together.data_ptr() == y.data_ptr() and torch.equal(together, torch.cat([q, k], 1))
+    for other in (v, k.clone(), k.contiguous(), q[:, :1]):
+        copied = fused._beside(q, other)
+        assert copied.data_ptr() != y.data_ptr() and torch.equal(copied, torch.cat([q, other], 1))
+
+
 def test_what_cannot_be_fused_is_left(tmp_path, llama_module):
     llama_module.apply_rotary_pos_emb = lambda q, k, cos, sin: (k, q)
     model = make_hf(tmp_path, CASES["llama"])

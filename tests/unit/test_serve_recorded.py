@@ -6,6 +6,7 @@ pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
 import torch  # noqa: E402
 
 from serve.embedded.engine import Engine  # noqa: E402
+from serve.embedded.sampling import likeliest  # noqa: E402
 from tests import greedy  # noqa: E402
 from tests.models import make_hf, tiny_config  # noqa: E402
 
@@ -94,6 +95,17 @@ def test_a_request_that_overflows_leaves_nothing_behind(tmp_path, family):
     for step in range(3):
         tokens.append(int(engine.decode([tokens[-1]], [3 + step])[0].argmax()))
     assert tokens == wanted
+
+
+def test_the_likeliest_tokens_come_with_a_pass(tmp_path):
+    engine, _ = made(tmp_path)
+    for row in range(3):
+        logits = engine.prefill(row, [5 + row, 6, 7], 0)
+        assert torch.equal(engine.best, likeliest(logits)) and int(engine.best[0]) == int(logits.argmax())
+    logits = engine.decode([8, 9, 10], [3, 3, 3])
+    assert torch.equal(engine.best[:, :3], likeliest(logits)) and logits.argmax(-1).tolist() == engine.best[0, :3].tolist()
+    engine.prefill(3, [5, 6, 7], 0, all_logits=True)  # not recorded
+    assert engine.best is None
 
 
 def test_passes_share_the_place_of_their_results(tmp_path):

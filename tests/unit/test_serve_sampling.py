@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
 import torch  # noqa: E402
 
-from serve.embedded.sampling import Sampler, pick_plain, shortest, warp  # noqa: E402
+from serve.embedded.sampling import Sampler, choices, likeliest, shortest, warp  # noqa: E402
 from serve.embedded.validation import Sampling  # noqa: E402
 
 LOGITS = torch.tensor([0.1, 2.0, -1.0, 1.5, 0.0, 1.9])
@@ -88,7 +88,7 @@ def test_frequency_penalty_takes_each_tokens_share_of_the_text():
 
 def test_greedy_takes_the_first_of_equals_alone_and_in_a_batch():
     rows = torch.tensor([[1.0, 3.0, 3.0], [0.5, 0.1, 0.4]])
-    together = pick_plain(rows)
+    together = choices(likeliest(rows))
     alone = [Sampler(Sampling(), []).pick(row) for row in rows]
     assert [one.id for one in together] == [one.id for one in alone] == [1, 0]
     assert [one.logprob for one in together] == pytest.approx([one.logprob for one in alone], abs=1e-6)
