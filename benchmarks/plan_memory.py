@@ -56,7 +56,7 @@ def predicted(one):
     from pipeline_train.plan import memory
 
     dims = families.dims_of(one["model"])
-    setup = memory.Setup(one["seq"], one["micro"], MICRO_BATCHES, 1, 1, one["dtype"], one["optim"], one["recompute"] == "blocks")
+    setup = memory.Setup(one["seq"], one["micro"], MICRO_BATCHES, 1, 1, one["dtype"], one["optim"], one["recompute"])
     sizes = memory.Sizes(dims)
     found = memory.stage_bytes(sizes, setup, 0, 0, dims.layers)
     gib = {name: value / memory.GIB for name, value in zip(found._fields, found)}

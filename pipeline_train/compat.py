@@ -227,3 +227,9 @@ def check_compile(torch_version: Optional[str], gpus: int) -> None:
     missing = native.without_triton(gpus) if gpus else native.without_cpp()
     if missing:
         raise UserError("run.compile: %s; install it, or leave run.compile out" % missing)
+
+
+def check_selective(torch_version: Optional[str]) -> None:
+    """Raises UserError where torch cannot choose what to keep of a block (since 2.4): parallel.recompute: selective."""
+    if torch_version is None or release(torch_version) < (2, 4):
+        raise UserError("parallel.recompute: torch %s cannot do selective, 2.4 and later can; use blocks" % torch_version)

@@ -42,7 +42,7 @@ class Parallel(Section):
     pipe: int
     data: int = 1
     parts: Union[Literal["auto"], List[int]] = "auto"
-    recompute: Literal["none", "blocks"] = "none"
+    recompute: Literal["none", "selective", "blocks"] = "none"
     axes: List[str] = field(default_factory=lambda: ["pipe", "data"])
     offload: bool = False
 

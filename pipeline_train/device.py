@@ -52,6 +52,8 @@ def resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str, 
     if run.model.dtype == "fp16" and (scale < 1 or math.log2(scale) % 1):
         raise UserError("%s: optim.loss_scale.initial: must be a power of two, got %d" % (where, scale))
     deepspeed_keys.check(run.deepspeed, where, say)
+    if run.parallel.recompute == "selective":
+        compat.check_selective(found["torch"])
     if run.run.compile:
         compat.check_compile(found["torch"], gpus.number)
     if run.optim.type == "lion" and native.without_lion():

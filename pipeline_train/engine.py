@@ -102,8 +102,7 @@ class Pipeline:
         parallel = config.parallel
         topology = topology_of(parallel.axes, parallel.pipe, parallel.data)
         self.config, self.dims, self.cuda = config, dims, cuda
-        recompute = parallel.recompute == "blocks"
-        self.stage = Stage(dims, boundaries, topology, DTYPES[config.model.dtype], recompute, config.run.compile)
+        self.stage = Stage(dims, boundaries, topology, DTYPES[config.model.dtype], parallel.recompute, config.run.compile)
         where = topology.get_coord(self.stage.global_rank)
         self.pipe_rank, self.data_rank = int(where.pipe), int(where.data)
         groups = parameter_groups(self.stage, config.optim.weight_decay)

@@ -13,11 +13,10 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import ProcessTopology
-from torch.utils.checkpoint import checkpoint
 
 from .families import FAMILIES
 from .families.base import Dims
-from .models import build_layer
+from .models import build_layer, recompute
 from .models.loss import token_loss
 
 Wire = Tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -42,33 +41,38 @@ MASKS, PLACES = Latest(), Latest()
 class PipeLayer(torch.nn.Module):
     """A layer on the wire. ``inner`` is the family's module; its state_dict keys are the slot names.
 
-    ``recompute``: keep only the block's input for the backward pass and run the block again there.
+    ``again``: what of a block the backward pass computes once more, parallel.recompute.
     ``compiled``: through torch.compile (one graph serves all blocks), on a GPU with FlexAttention; the loss, too (``Stage.loss``).
     """
 
-    def __init__(self, dims: Dims, layer: int, dtype: torch.dtype, recompute: bool, compiled: bool = False) -> None:
+    def __init__(self, dims: Dims, layer: int, dtype: torch.dtype, again: str, compiled: bool = False) -> None:
         super().__init__()
         self.kind = dims.kind_of(layer)
-        self.recompute = recompute and self.kind == "block"
+        self.again = again if self.kind == "block" else "none"
         self.compiled = compiled and self.kind != "embed"
         self.dims = dims
         self.inner = build_layer(dims, layer).to(dtype)
-        self.faster: Optional[Callable[..., Any]] = torch.compile(self.inner.forward, dynamic=False) if self.compiled else None
+        # torch.compile must see what to keep of a block; to run all of it again is nothing to the graph.
+        chosen = recompute.selective(self.inner.forward) if self.again == "selective" else self.inner.forward
+        self.faster: Optional[Callable[..., Any]] = torch.compile(chosen, dynamic=False) if self.compiled else None
 
     def forward(self, wire: Wire) -> Any:
         first, positions, segments = wire
-        block = self.faster or self.inner
+        block = self._block()
         if self.kind == "head":
             return block(first)
         if self.kind == "embed":
             return block(first), positions, segments
         seen, places = self._seen(first, segments), self._places(first, positions)
-        if self.recompute and torch.is_grad_enabled():
-            # No dropout anywhere, so the random state need not be replayed.
-            hidden = checkpoint(block, first, places, seen, use_reentrant=False, preserve_rng_state=False)
-        else:
-            hidden = block(first, places, seen)
-        return hidden, positions, segments
+        return block(first, places, seen), positions, segments
+
+    def _block(self) -> Callable[..., Any]:
+        block = self.faster or self.inner
+        if not torch.is_grad_enabled() or self.again == "none":
+            return block
+        if self.again == "blocks":
+            return recompute.whole(block)
+        return block if self.faster else recompute.selective(block)
 
     def _seen(self, hidden: torch.Tensor, segments: torch.Tensor) -> Any:
         """What attention takes: the segments, or FlexAttention's mask of them."""
@@ -114,14 +118,14 @@ class Stage(PipelineModule):
         boundaries: Sequence[int],
         topology: ProcessTopology,
         dtype: torch.dtype,
-        recompute: bool,
+        again: str,
         compiled: bool = False,
     ) -> None:
         # _partition_layers runs inside the base constructor and reads this.
         self.boundaries = list(boundaries)
         self.loss_factor = 0.0
         self.compiled = compiled
-        specs = [LayerSpec(PipeLayer, dims, layer, dtype, recompute, compiled) for layer in range(dims.layers)]
+        specs = [LayerSpec(PipeLayer, dims, layer, dtype, again, compiled) for layer in range(dims.layers)]
         super().__init__(layers=specs, topology=topology, loss_fn=self.loss, partition_method="explicit")
         self.dims = dims
         mine = range(self._local_start, self._local_stop)

@@ -32,7 +32,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--micro-batches", type=int, metavar="M", help="per replica and step (default: 8, or the stages if more)")
     model.add_argument("--optim", choices=["adamw", "lion"], help="default: adamw")
     model.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: bf16 where the card has it, else fp16")
-    model.add_argument("--recompute", choices=["none", "blocks"], help="default: none")
+    model.add_argument("--recompute", choices=["none", "selective", "blocks"], help="default: none")
     model.add_argument("--compile", action="store_true", help="blocks through torch.compile (run.compile)")
     model.add_argument("--offload", action="store_true", help="optimizer in host memory")
 
@@ -134,7 +134,8 @@ def _from_hub(name: str) -> str:
 def text(document: Dict[str, Any]) -> str:
     head = "%(family)s, %(layers)d layers, %%.1f B parameters; %(gpus)d x %(gpu)s: %(pipe)d stages x %(data)d replicas"
     head += ", %(dtype)s, %(optim)s%%s, rows of %(seq_len)d, micro-batch %(micro)d x %(micro_batches)d"
-    extras = (", recompute" if document["recompute"] == "blocks" else "") + (", offload" if document["offload"] else "")
+    extras = {"none": "", "selective": ", recompute selective", "blocks": ", recompute"}[document["recompute"]]
+    extras += ", offload" if document["offload"] else ""
     extras += ", compiled" if document["compile"] else ""
     lines = [head % document % (document["params"] / 1e9, extras), "", _line("stage", "layers", "params", "FLOPs", *COLUMNS)]
     for number, stage in enumerate(document["stages"]):

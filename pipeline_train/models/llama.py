@@ -35,17 +35,18 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Optional[RopeScali
 
 
 def rotary(positions: torch.Tensor, dims: Dims, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
-    """positions[B,T] -> cos, sin [B,1,T,head_dim], computed in fp32 and then rounded to dtype."""
+    """positions[B,T] -> what ``rotate`` multiplies by, cos and sin [B,1,T,2,head_dim/2], computed in fp32 and rounded to dtype."""
     freqs = inverse_frequencies(dims.head_dim, dims.rope_theta, dims.rope_scaling, positions.device)
     angles = positions[:, None, :, None].float() * freqs
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.stack((cos, cos), dim=-2), torch.stack((-sin, sin), dim=-2)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x[B,H,T,E] turned by its positions; element i is paired with i + E/2, HF's layout."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """x[B,H,T,E] turned by its positions; element i is paired with i + E/2, HF's layout. The halves change places as two rows do:
+    torch.compile reads those in place, but a concatenation element by element, from either half."""
+    halves = x.unflatten(-1, (2, -1))
+    return (halves * cos + halves.flip(-2) * sin).flatten(-2)
 
 
 class Attention(nn.Module):

@@ -40,12 +40,21 @@ class Layer(NamedTuple):
 
     ``kept``: from its forward to its backward pass (its input among it where the layer saves it). ``peak``: the most that is
     alive of it while it runs forward or backward, ``kept`` included, gradients of weights not. ``input``: what recomputation
-    keeps instead of ``kept``.
+    of whole blocks keeps instead of ``kept``. ``products``: what selective recomputation keeps, and ``products_peak`` then.
     """
 
     kept: int
     peak: int
     input: int
+    products: int = 0
+    products_peak: int = 0
+
+    def keeps(self, recompute: str) -> int:
+        return {"none": self.kept, "selective": self.products, "blocks": self.input}[recompute]
+
+    def beside(self, recompute: str) -> int:
+        """The most alive of it, less what it keeps anyway."""
+        return {"none": self.peak - self.kept, "selective": self.products_peak - self.products, "blocks": self.peak}[recompute]
 
 
 class Attention(NamedTuple):
@@ -89,14 +98,22 @@ def _llama_compiled(dims: Dims, shape: Shape) -> Layer:
     # Of both norms input, output and 1/rms; gate, up and their product. Cosines and sines are counted with every block, though all
     # share one pair: less than 1 % of a block.
     kept = 4 * hidden + 2 * n * wide + 2 * n * dims.head_dim * b + _compiled_attention(dims, shape, 1) + 3 * ffn
-    return Layer(kept, kept + hidden + 2 * ffn, hidden)
+    products = _products(dims, shape, 2 * ffn) + 2 * n * dims.head_dim * b
+    return Layer(kept, kept + hidden + 2 * ffn, hidden, products, products + hidden + 3 * ffn)
 
 
 def _bloom_compiled(dims: Dims, shape: Shape) -> Layer:
     n, b, wide = shape.tokens, shape.width, 4
     hidden, ffn = n * dims.hidden * b, n * dims.ffn * b
     kept = 4 * hidden + 4 * n * wide + _compiled_attention(dims, shape, dims.heads) + 2 * ffn
-    return Layer(kept, kept + hidden + ffn, hidden)
+    products = _products(dims, shape, ffn)
+    return Layer(kept, kept + hidden + ffn, hidden, products, products + hidden + 2 * ffn)
+
+
+def _products(dims: Dims, shape: Shape, up: int) -> int:
+    """The block's input; q, k, v; attention's output with its log-sum-exp, and the product after it; ``up``: the wide ones."""
+    n, b = shape.tokens, shape.width
+    return n * b * (2 * dims.hidden + 2 * dims.q_size + 2 * dims.kv_size) + 4 * n * dims.heads + up
 
 
 def _llama_block(dims: Dims, shape: Shape) -> Layer:
@@ -118,7 +135,9 @@ def _llama_block(dims: Dims, shape: Shape) -> Layer:
         kept + hidden + ffn,  # backward: the gradients of the block's output and of the product
         kept + hidden + 2 * ffn,  # then of silu(gate) and up, the product is gone
     )
-    return Layer(kept, max(moments), hidden)
+    products = _products(dims, shape, 2 * ffn) + hidden  # the last product's output, which nobody asks for again
+    shared = query + 4 * n * dims.heads + 2 * ffn  # made once: attention's output, gate and up
+    return Layer(kept, max(moments), hidden, products, products + max(moments) - shared)
 
 
 def _bloom_block(dims: Dims, shape: Shape) -> Layer:
@@ -136,7 +155,9 @@ def _bloom_block(dims: Dims, shape: Shape) -> Layer:
         norm + hidden + attn.backward,
         kept + hidden + ffn,  # backward: the gradients of the block's output and of the GELU's (then of its input: as much)
     )
-    return Layer(kept, max(moments), hidden)
+    products = _products(dims, shape, ffn) + hidden
+    shared = 4 * query + 4 * n * dims.heads + ffn
+    return Layer(kept, max(moments), hidden, products, products + max(moments) - shared)
 
 
 def _llama_embed(dims: Dims, shape: Shape) -> Layer:

@@ -14,10 +14,10 @@ def bounds_on(sizes: Sizes, setup: Setup, parts: Union[str, Sequence[int]], gpu:
     """Stage bounds under the card's limit if that can be; else, or for no card, without one."""
     if gpu is not None:
         try:
-            return bounds(sizes.dims, setup.pipe, parts, setup.seq_len, setup.recompute, fits_on(sizes, setup, gpu))
+            return bounds(sizes.dims, setup.pipe, parts, setup.seq_len, setup.again, fits_on(sizes, setup, gpu))
         except NoSplit:
             pass
-    return bounds(sizes.dims, setup.pipe, parts, setup.seq_len, setup.recompute)
+    return bounds(sizes.dims, setup.pipe, parts, setup.seq_len, setup.again)
 
 
 def fits_on(sizes: Sizes, setup: Setup, gpu: str) -> Fits:
@@ -53,7 +53,7 @@ def memory_of(run: Any, dims: Dims, stack: str = "current") -> List[Dict[str, fl
     """GiB per stage of a run whose parts are resolved too: what ``torch.cuda.max_memory_allocated`` should show on each, and its
     parts. ``stack``: cards.stack_of's names."""
     setup = setup_of(run, stack)
-    return gib_of(Sizes(dims), setup, bounds(dims, setup.pipe, run.parallel.parts, setup.seq_len, setup.recompute))
+    return gib_of(Sizes(dims), setup, bounds(dims, setup.pipe, run.parallel.parts, setup.seq_len, setup.again))
 
 
 def lack(run: Any, dims: Dims, gpu: str, stack: str) -> Optional[str]:

@@ -39,10 +39,15 @@ class Setup(NamedTuple):
     data: int = 1
     dtype: str = "bf16"
     optim: str = "adamw"
-    recompute: bool = False
+    recompute: str = "none"
     offload: bool = False
     stack: str = "current"
     compiled: bool = False
+
+    @property
+    def again(self) -> bool:
+        """The forward pass of whole blocks is done twice."""
+        return self.recompute == "blocks"
 
     @property
     def width(self) -> int:
@@ -67,7 +72,7 @@ def setup_of(run: Any, stack: str) -> Setup:
     """From a RunConfig whose seq_len and dtype are resolved."""
     parallel, batch = run.parallel, run.batch
     return Setup(run.data.seq_len, batch.micro, run.micro_batches, parallel.pipe, parallel.data, run.model.dtype, run.optim.type,
-                 parallel.recompute == "blocks", parallel.offload, stack, run.run.compile)  # fmt: skip
+                 parallel.recompute, parallel.offload, stack, run.run.compile)  # fmt: skip
 
 
 class Bytes(NamedTuple):
@@ -162,7 +167,7 @@ def running_bytes(sizes: Sizes, setup: Setup, stage: int, part: Part) -> Tuple[i
     hidden, ints, wide = n * dims.hidden * b, 16 * n, 4 * n * dims.hidden  # ints: positions and segments
     flight = min(setup.pipe - stage, setup.micro_batches)
     block = keep.block(dims, shape)
-    each = block.input if setup.recompute else block.kept
+    each = block.keeps(setup.recompute)
     embed = keep.embed(dims, shape).kept if part.embed else 0
     # Received (or read) and cloned by the engine; its output waits in a pipeline buffer until the gradient comes.
     wire = (2 * ints + 8 * n if part.embed else hidden + 2 * ints) + (0 if part.head else hidden)
@@ -188,7 +193,7 @@ def running_bytes(sizes: Sizes, setup: Setup, stage: int, part: Part) -> Tuple[i
         kept_then = kept - norm
     if part.blocks:
         there = params if adds else head
-        highest.append(kept_then - block.kept * (not setup.recompute) + block.peak + gradients + there)
+        highest.append(kept_then + block.beside(setup.recompute) + gradients + there)
     if part.embed:
         there = params if adds else head + blocks
         highest.append(wire + logits + hidden + embed + (vocabulary or 2 * wide) + there)

@@ -31,7 +31,7 @@ class Wish(NamedTuple):
     def setup(self, pipe: int, gpu: str) -> Setup:
         dtype = self.dtype or ("bf16" if cards.GPUS[gpu].bf16 else "fp16")
         return Setup(self.seq_len, self.micro, self.micro_batches or max(8, pipe), pipe, self.data, dtype, self.optim,
-                     self.recompute == "blocks", self.offload, cards.stack_of(gpu), self.compile)  # fmt: skip
+                     self.recompute, self.offload, cards.stack_of(gpu), self.compile)  # fmt: skip
 
 
 def plan(
@@ -106,7 +106,7 @@ def too_big(sizes: Sizes, wished: Wish, gpu: str) -> str:
 
 def _changes(wished: Wish) -> List[Tuple[str, Wish]]:
     """What could be asked for instead, the cheapest first."""
-    found = [("--recompute blocks", wished._replace(recompute="blocks"))] if wished.recompute == "none" else []
+    found = [("--recompute blocks", wished._replace(recompute="blocks"))] if wished.recompute != "blocks" else []
     found += [("--micro 1", wished._replace(micro=1))] if wished.micro > 1 else []
     found += [("--data %d" % data, wished._replace(data=data)) for data in (2, 4, 8) if data > wished.data]
     return found + ([("--offload", wished._replace(offload=True))] if not wished.offload else [])
@@ -130,7 +130,7 @@ def _describe(
         "stack": setup.stack, "min_gpus": None, "gpus": setup.pipe * setup.data, "pipe": setup.pipe, "data": setup.data,
         "fits": all(row["total"] <= limit for row in memory), "limit_gib": round(limit, 2), "card_gib": card.gib,
         "context_gib": cards.CONTEXT_GIB, "reserve_gib": round(card.gib * cards.RESERVE, 2), "dtype": setup.dtype,
-        "optim": setup.optim, "recompute": "blocks" if setup.recompute else "none", "offload": setup.offload,
+        "optim": setup.optim, "recompute": setup.recompute, "offload": setup.offload,
         "compile": setup.compiled,
         "seq_len": setup.seq_len, "micro": setup.micro, "micro_batches": setup.micro_batches,
         "parts": parts_of(boundaries), "bubble": fast.bubble, "tokens_per_s": round(fast.tokens_per_s, 1),
@@ -161,7 +161,7 @@ def _notes(document: Dict[str, Any], sizes: Sizes, wished: Wish, gpu: str) -> Li
 def _other_parts(sizes: Sizes, setup: Setup, gpu: str) -> List[str]:
     """Whether as many stages, cut otherwise, would fit."""
     try:
-        found = bounds(sizes.dims, setup.pipe, "auto", setup.seq_len, setup.recompute, fits_on(sizes, setup, gpu))
+        found = bounds(sizes.dims, setup.pipe, "auto", setup.seq_len, setup.again, fits_on(sizes, setup, gpu))
     except NoSplit:
         return []
     return ["parts %s would fit" % parts_of(found)]

@@ -34,7 +34,7 @@ def bubble(pipe: int, micro_batches: int) -> float:
 def speed(dims: Dims, sizes: Sizes, setup: Setup, boundaries: Sequence[int], gpu: str, link: Link, mfu: float) -> Speed:
     """``mfu``: share of the card's peak that arithmetic reaches, recomputation counted as work."""
     card, tokens = GPUS[gpu], setup.micro * setup.seq_len
-    weights = layer_weights(dims, setup.seq_len, setup.recompute)
+    weights = layer_weights(dims, setup.seq_len, setup.again)
     flops = [sum(weights[a:b]) for a, b in zip(boundaries, boundaries[1:])]
     peak = card.tflops * 1e12 * mfu * (0.125 if setup.dtype == "fp32" else 1.0)
     hidden = tokens * dims.hidden * setup.width

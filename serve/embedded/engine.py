@@ -156,6 +156,11 @@ class Engine:
         if problem is not None:
             self._recorded = None
             LOG.warning("%s is served without CUDA graphs, slower: %s", self.model.config.model_type, problem)
+            return
+        ids = [place % self.vocab for place in range(min(100, self.max_positions - 1))]
+        self.prefill(0, ids, 0)
+        LOG.debug("decode passes of at least %d columns", self._recorded.widen(ids[-1], len(ids)))
+        self.clear()
 
     def _kept(self, hidden: Tensor) -> Tensor:
         return hidden[:, -self._keep :] if isinstance(self._keep, int) else hidden.index_select(1, self._keep)

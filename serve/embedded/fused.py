@@ -1,6 +1,6 @@
 """Fewer kernels for a GPU, where a step of a small model is mostly waiting for one after the other.
 
-Norms in one kernel instead of eight, rotations of queries and keys in three instead of ten, and projections of the same input as one
+Norms in one kernel instead of eight, rotations of queries and keys in three instead of ten, and projections of one input as one
 product. All on transformers' own modules, each only where it computes what they do.
 """
 

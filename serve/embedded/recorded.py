@@ -5,7 +5,8 @@ A recorded pass is launched as a whole. Its shape and its addresses are fixed, s
 tensor of numbers that the pass reads:
 
 decode   one token for each of B rows. With our own attention B is at least ``LEAST``, whoever is there: the same matrix products
-         for one request as for many. Attention is computed for the next power of two of the rows in use.
+         for one request as for many. Attention is computed for the next power of two of the rows in use, and of the columns of
+         the longest; ``widen`` finds from how many columns on that changes nothing for the others.
 prefill  a piece of a prompt, padded to one of ``PIECES``; what the padding writes behind the prompt is overwritten by what follows.
 
 Rows that are not in use write their key into the table's last column, which nobody reads.
@@ -21,7 +22,7 @@ from .sampling import likeliest
 
 LEAST = 64
 PIECES = (16, 64, 256)
-NARROW = 128  # the fewest columns that a pass is recorded for
+WIDTHS = (128, 256, 512, 1024)  # the fewest columns that a pass is recorded for are one of these, see ``widen``
 
 Forward = Callable[[Tensor, FixedStep], Tensor]  # ids [B, n] -> logits [B, n or 1, V]
 Run = Callable[[], Any]
@@ -36,12 +37,13 @@ class Recorded:
     ) -> None:
         self._cache, self._device, self._forward = cache, device, forward
         self._least, self._recorder, self._record = LEAST if wide else 1, recorder, recorder()
+        self._narrow = WIDTHS[0]
         self._logits: Dict[int, Tensor] = {}  # for each B one place that all passes of B rows write to
         self._runs: Dict[Tuple[int, ...], Tuple[Tensor, Run, Run]] = {}
 
     def decode(self, tokens: List[int], lengths: List[int]) -> Tuple[Tensor, Tensor]:
         """As Engine.decode, and Engine.best."""
-        active, width = _power(len(tokens)), max(NARROW, _power(max(lengths) + 1))
+        active, width = _power(len(tokens)), max(self._narrow, _power(max(lengths) + 1))
         self.room(len(tokens), width)
         batch = max(self._least, active)
         pads = batch - len(tokens)
@@ -52,11 +54,24 @@ class Recorded:
     def prefill(self, row: int, ids: List[int], start: int) -> Tuple[Tensor, Tensor]:
         """As Engine.prefill, logits behind the last token only, and Engine.best; at most PIECES[-1] tokens."""
         count = next(piece for piece in PIECES if piece >= len(ids))
-        width = max(NARROW, _power(start + count))
+        width = max(WIDTHS[0], _power(start + count))
         self.room(row + 1, width)
         given = ids + [0] * (count - len(ids)) + [row, start, len(ids) - 1]
         logits, best = self._run((0, width, count), given, self._prefill_pass)
         return logits[0], best
+
+    def widen(self, token: int, length: int) -> int:
+        """-> from how many columns on a row's logits stay the same to the last bit; decode passes are as wide from now on. For
+        narrow tables libraries may choose another kernel (cuDNN's attention does), and how wide a pass is the longest row
+        decides, so a request's answer could depend on its company. Row 0 holds ``length`` tokens, fewer than WIDTHS[0]."""
+        self.room(1, WIDTHS[-1])
+        batch = max(self._least, 1)
+        pads = batch - 1
+        given = torch.tensor([token] * batch + [length] + [self._cache.size[1] - 1] * pads, device=self._device)
+        found = [self._decode_pass(given, (1, width))()[0].clone() for width in WIDTHS]
+        equal = [torch.equal(logits, found[-1]) for logits in found]
+        self._narrow = next(width for place, width in enumerate(WIDTHS) if all(equal[place:]))
+        return self._narrow
 
     def room(self, rows: int, columns: int) -> None:
         """Make the cache large enough; then the addresses have changed."""

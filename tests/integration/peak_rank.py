@@ -24,6 +24,8 @@ CASES = {  # family, its sizes, dtype, recompute, optimizer, rows of a micro-bat
     "llama": ("llama", {"intermediate_size": 352, "vocab_size": 3000, "num_hidden_layers": 4}, "bf16", "none", "adamw", 4),
     "llama step": ("llama", {"intermediate_size": 352, "num_hidden_layers": 4}, "bf16", "blocks", "adamw", 1),
     "llama fp32 step": ("llama", {"intermediate_size": 352, "num_hidden_layers": 4}, "fp32", "blocks", "adamw", 1),
+    "llama selective": ("llama", {"intermediate_size": 352, "num_hidden_layers": 6}, "bf16", "selective", "adamw", 4),
+    "bloom selective": ("bloom", {"vocab_size": 1000, "n_layer": 6}, "bf16", "selective", "adamw", 4),
     "bloom recompute": ("bloom", {"vocab_size": 3000}, "bf16", "blocks", "adamw", 4),
     "bloom fp32 lion": ("bloom", {"n_layer": 5}, "fp32", "none", "lion", 4),
 }

@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
 import torch  # noqa: E402
 
+from serve.embedded import attention  # noqa: E402
 from serve.embedded.engine import Engine  # noqa: E402
 from serve.embedded.sampling import likeliest  # noqa: E402
 from tests import greedy  # noqa: E402
@@ -106,6 +107,24 @@ def test_the_likeliest_tokens_come_with_a_pass(tmp_path):
     assert torch.equal(engine.best[:, :3], likeliest(logits)) and logits.argmax(-1).tolist() == engine.best[0, :3].tolist()
     engine.prefill(3, [5, 6, 7], 0, all_logits=True)  # not recorded
     assert engine.best is None
+
+
+@pytest.mark.parametrize("wide", [128, 256, 1024])
+def test_no_pass_is_so_narrow_that_its_width_changes_a_bit(tmp_path, monkeypatch, wide):
+    """A library that computes narrow attention in another way: what a row gets must not depend on its neighbour's length."""
+    plain = attention.sdpa
+
+    def by_width(q, k, v, **how):
+        return plain(q, k, v, **how) * (1.00001 if 64 < k.shape[2] < wide and q.shape[2] == 1 else 1)
+
+    monkeypatch.setattr(attention, "sdpa", by_width)
+    engine, _ = made(tmp_path, tiny_config("llama", max_position_embeddings=2048))
+    engine.prefill(0, [5] * 50, 0)
+    alone = engine.decode([7], [50])[0].clone()
+    for longest in (300, 600, 1200):
+        engine.prefill(0, [5] * 50, 0)
+        engine.prefill(1, [6] * 50, 0)
+        assert torch.equal(engine.decode([7, 8], [50, longest])[0], alone)
 
 
 def test_passes_share_the_place_of_their_results(tmp_path):

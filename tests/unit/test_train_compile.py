@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline_train import compat, families, native
 from pipeline_train.errors import UserError
@@ -17,11 +18,12 @@ BLOOM = {"model_type": "bloom", "vocab_size": 100, "hidden_size": 36, "n_layer":
          "attention_dropout": 0.0}  # fmt: skip
 MODELS = {"llama": LLAMA, "bloom": BLOOM}
 compiles = pytest.mark.skipif(not compiler.CAN, reason=compiler.WHY_NOT)
+can_choose = pytest.mark.skipif(compat.release(torch.__version__) < (2, 4), reason="torch before 2.4 cannot choose what to keep")
 
 
-def run(dims, compiled, recompute):
+def run(dims, compiled, again):
     """-> what three blocks give for two packed rows, and all their gradients."""
-    layers = [PipeLayer(dims, layer, torch.float32, recompute, compiled) for layer in (1, 2, 3)]
+    layers = [PipeLayer(dims, layer, torch.float32, again, compiled) for layer in (1, 2, 3)]
     for layer, module in enumerate(layers, 1):
         init_layer(module.inner, dims, layer, seed=0)
     hidden = torch.randn(2, 24, dims.hidden, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -46,26 +48,66 @@ def test_compiled_blocks_are_the_same_and_share_one_graph(family):
     torch._dynamo.reset()
     counters.clear()
     dims = families.dims_of(MODELS[family])
-    out, gradients = run(dims, compiled=False, recompute=False)
-    for recompute in (False, True):
-        found, theirs = run(dims, compiled=True, recompute=recompute)
+    out, gradients = run(dims, compiled=False, again="none")
+    for again in ("none", "blocks"):
+        found, theirs = run(dims, compiled=True, again=again)
         assert distance(found, out) < 1e-6
         assert max(distance(a, b) for a, b in zip(theirs, gradients)) < 1e-5
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products, attention's own not."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += operator.name() in ("aten::mm", "aten::addmm")
+        return operator(*args, **(kwargs or {}))
+
+
+@can_choose
+@pytest.mark.parametrize("family", sorted(MODELS))
+def test_selective_gives_the_same_without_a_product_more(family):
+    dims, seen = families.dims_of(MODELS[family]), {}
+    for again in ("none", "selective", "blocks"):
+        with Products() as products:
+            seen[again] = run(dims, compiled=False, again=again)
+        seen[again] += (products.count,)
+    assert torch.equal(seen["none"][0], seen["selective"][0])
+    assert all(torch.equal(a, b) for a, b in zip(seen["none"][1], seen["selective"][1]))
+    assert seen["none"][2] == seen["selective"][2] < seen["blocks"][2]
+
+
+@compiles
+@pytest.mark.parametrize("family", sorted(MODELS))
+def test_selective_inside_compiled_blocks_that_share_one_graph(family):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    dims = families.dims_of(MODELS[family])
+    out, gradients = run(dims, compiled=False, again="none")
+    found, theirs = run(dims, compiled=True, again="selective")
+    assert distance(found, out) < 1e-6
+    assert max(distance(a, b) for a, b in zip(theirs, gradients)) < 1e-5
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 @compiles
 def test_a_compiled_layer_has_the_same_names():
     dims = families.dims_of(LLAMA)
-    plain, compiled = (PipeLayer(dims, 1, torch.float32, False, c) for c in (False, True))
+    plain, compiled = (PipeLayer(dims, 1, torch.float32, "none", c) for c in (False, True))
     assert list(compiled.state_dict()) == list(plain.state_dict())
 
 
 def test_blocks_and_head_are_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function, raising=False)
     dims = families.dims_of(LLAMA)
-    assert [PipeLayer(dims, n, torch.float32, False, True).faster is not None for n in (0, 1, 4)] == [False, True, True]
-    assert PipeLayer(dims, 1, torch.float32, False).faster is None
+    assert [PipeLayer(dims, n, torch.float32, "none", True).faster is not None for n in (0, 1, 4)] == [False, True, True]
+    assert PipeLayer(dims, 1, torch.float32, "none").faster is None
 
 
 @pytest.mark.parametrize("version, gpus, missing, text", [
@@ -80,6 +122,13 @@ def test_where_it_cannot_be_had_it_is_refused(monkeypatch, version, gpus, missin
     with pytest.raises(UserError) as caught:
         compat.check_compile(version, gpus)
     assert str(caught.value) == text
+
+
+def test_selective_needs_a_torch_that_can_choose():
+    compat.check_selective("2.4.0")
+    with pytest.raises(UserError) as caught:
+        compat.check_selective("1.13.1")
+    assert str(caught.value) == "parallel.recompute: torch 1.13.1 cannot do selective, 2.4 and later can; use blocks"
 
 
 def test_where_it_can_be_had_it_is_taken(monkeypatch):
