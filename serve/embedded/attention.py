@@ -4,7 +4,7 @@ On the CPU each row of a decode step attends to exactly its own columns, so its 
 that share a key head are taken together, so grouped keys are never copied. On a GPU it is one masked call for all rows.
 """
 
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor
@@ -81,6 +81,30 @@ def _fixed(q: Tensor, k: Tensor, v: Tensor, step: FixedStep, scale: Optional[flo
         return out.transpose(1, 2)
     out = out.reshape(step.active, 1, heads, v.shape[3])
     return out if rows == step.active else torch.cat([out, given[step.active :].transpose(1, 2)[..., : v.shape[3]]])
+
+
+def alike(
+    heads: int, kv_heads: int, size: int, value_size: int, dtype: torch.dtype, device: torch.device,
+    rows: Sequence[int], widths: Sequence[int],
+) -> Set[Tuple[int, int]]:  # fmt: skip
+    """(rows, width) of those decode passes that give a row the same bits as the largest of all.
+
+    How large a pass is others decide, and libraries choose a kernel by that: cuDNN's attention, with a hundred columns, another one
+    than with five hundred. Tried on random numbers, on the device itself.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    groups, most, widest = heads // kv_heads, rows[-1], widths[-1]
+    q = torch.randn(most, kv_heads, groups, size, dtype=dtype, device=device, generator=generator)
+    k = torch.randn(most, kv_heads, widest, size, dtype=dtype, device=device, generator=generator)
+    v = torch.randn(most, kv_heads, widest, value_size, dtype=dtype, device=device, generator=generator)
+    columns = torch.arange(most, device=device) % (widths[0] - 28) + 27
+
+    def some(count: int, width: int) -> Tensor:
+        additive = mask(columns[:count], 1, width, dtype)
+        return sdpa(q[:count], k[:count, :, :width], v[:count, :, :width], attn_mask=additive)
+
+    wanted = some(most, widest)
+    return {(n, width) for n in rows for width in widths if torch.equal(some(n, width), wanted[:n])}
 
 
 def mask(columns: Tensor, count: int, width: int, dtype: torch.dtype, window: Optional[int] = None) -> Tensor:

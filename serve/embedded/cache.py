@@ -129,6 +129,11 @@ class SlotCache(Cache):
         """Of one column of one row over all layers; 0 before the first forward pass."""
         return sum(table.shape[1] * table.shape[3] * table.element_size() for table in self._keys + self._values)
 
+    @property
+    def heads(self) -> Tuple[int, int, int]:
+        """Of the first layer: key heads, sizes of a key and of a value; zeros before the first forward pass."""
+        return (*self._keys[0].shape[1::2], self._values[0].shape[3]) if self._keys and self._keys[0].dim() == 4 else (0, 0, 0)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns in front of the new ones, as the mask code of transformers counts."""
         return 0 if self.step is None else self.step.width - self.step.count

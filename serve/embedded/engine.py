@@ -5,7 +5,7 @@ Before it serves, every model shows that this gives the logits of a plain forwar
 
 import inspect
 import logging
-from typing import Any, Callable, Dict, List, Optional, Union
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +16,7 @@ from pipeline_train.errors import RunFailed, UserError
 
 from . import alibi, attention, fused, packed
 from .cache import COLUMNS, FixedStep, SlotCache, Step
-from .recorded import PIECES, Recorded, Run, graphs
+from .recorded import PIECES, ROWS, WIDTHS, Recorded, Run, graphs
 
 LOG = logging.getLogger("pipedock.serve")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -156,11 +156,16 @@ class Engine:
         if problem is not None:
             self._recorded = None
             LOG.warning("%s is served without CUDA graphs, slower: %s", self.model.config.model_type, problem)
-            return
-        ids = [place % self.vocab for place in range(min(100, self.max_positions - 1))]
-        self.prefill(0, ids, 0)
-        LOG.debug("decode passes of at least %d columns", self._recorded.widen(ids[-1], len(ids)))
-        self.clear()
+        elif self._own_attention:
+            self._recorded.alike = self._alike()
+
+    def _alike(self) -> Set[Tuple[int, int]]:
+        config = self.model.config.get_text_config()
+        try:
+            return attention.alike(config.num_attention_heads, *self._heads, self.dtype, self.device, ROWS, WIDTHS)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # out of memory, say
+            LOG.warning("whether a row's attention is the same in any company could not be tried: %s", str(error).split("\n")[0])
+            return {(rows, width) for rows in ROWS for width in WIDTHS}
 
     def _kept(self, hidden: Tensor) -> Tensor:
         return hidden[:, -self._keep :] if isinstance(self._keep, int) else hidden.index_select(1, self._keep)
@@ -177,7 +182,7 @@ class Engine:
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             return str(error)
         finally:
-            self.kv_bytes = self._cache.bytes_per_token
+            self.kv_bytes, self._heads = self._cache.bytes_per_token, self._cache.heads
             self.clear()
         for mine, theirs in zip(got, self._wanted):
             worst = max(worst, float((torch.stack(mine) - theirs).abs().max() / theirs.abs().max()))

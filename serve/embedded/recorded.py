@@ -6,7 +6,7 @@ tensor of numbers that the pass reads:
 
 decode   one token for each of B rows. With our own attention B is at least ``LEAST``, whoever is there: the same matrix products
          for one request as for many. Attention is computed for the next power of two of the rows in use, and of the columns of
-         the longest; ``widen`` finds from how many columns on that changes nothing for the others.
+         the longest, but only for such of them as give a row the same bits (attention.alike).
 prefill  a piece of a prompt, padded to one of ``PIECES``; what the padding writes behind the prompt is overwritten by what follows.
 
 Rows that are not in use write their key into the table's last column, which nobody reads.
@@ -22,7 +22,8 @@ from .sampling import likeliest
 
 LEAST = 64
 PIECES = (16, 64, 256)
-WIDTHS = (128, 256, 512, 1024)  # the fewest columns that a pass is recorded for are one of these, see ``widen``
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+WIDTHS = (128, 256, 512, 1024)  # a pass is recorded for so many columns or more
 
 Forward = Callable[[Tensor, FixedStep], Tensor]  # ids [B, n] -> logits [B, n or 1, V]
 Run = Callable[[], Any]
@@ -37,14 +38,14 @@ class Recorded:
     ) -> None:
         self._cache, self._device, self._forward = cache, device, forward
         self._least, self._recorder, self._record = LEAST if wide else 1, recorder, recorder()
-        self._narrow = WIDTHS[0]
+        self.alike = {(rows, width) for rows in ROWS for width in WIDTHS}  # rows and columns that a decode pass may have
         self._logits: Dict[int, Tensor] = {}  # for each B one place that all passes of B rows write to
         self._runs: Dict[Tuple[int, ...], Tuple[Tensor, Run, Run]] = {}
 
     def decode(self, tokens: List[int], lengths: List[int]) -> Tuple[Tensor, Tensor]:
         """As Engine.decode, and Engine.best."""
-        active, width = _power(len(tokens)), max(self._narrow, _power(max(lengths) + 1))
-        self.room(len(tokens), width)
+        active, width = self._shape(len(tokens), max(lengths) + 1)
+        self.room(active, width)
         batch = max(self._least, active)
         pads = batch - len(tokens)
         given = tokens + [0] * pads + lengths + [self._cache.size[1] - 1] * pads
@@ -60,18 +61,13 @@ class Recorded:
         logits, best = self._run((0, width, count), given, self._prefill_pass)
         return logits[0], best
 
-    def widen(self, token: int, length: int) -> int:
-        """-> from how many columns on a row's logits stay the same to the last bit; decode passes are as wide from now on. For
-        narrow tables libraries may choose another kernel (cuDNN's attention does), and how wide a pass is the longest row
-        decides, so a request's answer could depend on its company. Row 0 holds ``length`` tokens, fewer than WIDTHS[0]."""
-        self.room(1, WIDTHS[-1])
-        batch = max(self._least, 1)
-        pads = batch - 1
-        given = torch.tensor([token] * batch + [length] + [self._cache.size[1] - 1] * pads, device=self._device)
-        found = [self._decode_pass(given, (1, width))()[0].clone() for width in WIDTHS]
-        equal = [torch.equal(logits, found[-1]) for logits in found]
-        self._narrow = next(width for place, width in enumerate(WIDTHS) if all(equal[place:]))
-        return self._narrow
+    def _shape(self, rows: int, columns: int) -> Tuple[int, int]:
+        """The least work among the shapes that are alike; what is larger than all that were compared is taken to be like the
+        largest."""
+        active, width = _power(rows), max(WIDTHS[0], _power(columns))
+        fit = [(a, w) for a, w in self.alike if a >= min(active, ROWS[-1]) and w >= min(width, WIDTHS[-1])]
+        least = min(fit, key=lambda shape: (shape[0] * shape[1], shape))
+        return max(active, least[0]), max(width, least[1])
 
     def room(self, rows: int, columns: int) -> None:
         """Make the cache large enough; then the addresses have changed."""

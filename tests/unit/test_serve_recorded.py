@@ -7,6 +7,7 @@ import torch  # noqa: E402
 
 from serve.embedded import attention  # noqa: E402
 from serve.embedded.engine import Engine  # noqa: E402
+from serve.embedded.recorded import ROWS, WIDTHS  # noqa: E402
 from serve.embedded.sampling import likeliest  # noqa: E402
 from tests import greedy  # noqa: E402
 from tests.models import make_hf, tiny_config  # noqa: E402
@@ -109,22 +110,34 @@ def test_the_likeliest_tokens_come_with_a_pass(tmp_path):
     assert engine.best is None
 
 
-@pytest.mark.parametrize("wide", [128, 256, 1024])
-def test_no_pass_is_so_narrow_that_its_width_changes_a_bit(tmp_path, monkeypatch, wide):
-    """A library that computes narrow attention in another way: what a row gets must not depend on its neighbour's length."""
+@pytest.mark.parametrize("wide, many", [(128, 1), (256, 1), (1024, 1), (128, 4), (512, 64)])
+def test_no_pass_is_so_small_that_its_size_changes_a_bit(tmp_path, monkeypatch, wide, many):
+    """A library that computes little attention in another way: what a row gets must not depend on its neighbours."""
     plain = attention.sdpa
 
-    def by_width(q, k, v, **how):
-        return plain(q, k, v, **how) * (1.00001 if 64 < k.shape[2] < wide and q.shape[2] == 1 else 1)
+    def by_size(q, k, v, **how):
+        small = 64 < k.shape[2] < wide or len(q) < many
+        return plain(q, k, v, **how) * (1.00001 if small and q.shape[2] == 1 else 1)
 
-    monkeypatch.setattr(attention, "sdpa", by_width)
+    monkeypatch.setattr(attention, "sdpa", by_size)
     engine, _ = made(tmp_path, tiny_config("llama", max_position_embeddings=2048))
+    assert engine._recorded.alike == {(n, width) for n in ROWS for width in WIDTHS if n >= many and width >= wide}
     engine.prefill(0, [5] * 50, 0)
     alone = engine.decode([7], [50])[0].clone()
-    for longest in (300, 600, 1200):
+    for neighbours in ([300], [60, 600, 60, 60], [60] * 70, [1200]):
         engine.prefill(0, [5] * 50, 0)
-        engine.prefill(1, [6] * 50, 0)
-        assert torch.equal(engine.decode([7, 8], [50, longest])[0], alone)
+        tokens, lengths = [7] + [8] * len(neighbours), [50] + neighbours
+        assert torch.equal(engine.decode(tokens, lengths)[0], alone)
+
+
+def test_where_that_cannot_be_tried_it_is_said(tmp_path, monkeypatch, caplog):
+    def fails(*args):
+        raise RuntimeError("CUDA out of memory\nand more")
+
+    monkeypatch.setattr(attention, "alike", fails)
+    engine, model = made(tmp_path)
+    assert "whether a row's attention is the same in any company could not be tried: CUDA out of memory" in caplog.text
+    assert greedy.of_engine(engine, [5, 6, 7], 4)[0] == greedy.of_model(model, [5, 6, 7], 4)
 
 
 def test_passes_share_the_place_of_their_results(tmp_path):
