@@ -206,6 +206,7 @@ def _stop(port: int) -> Dict[str, Any]:
     if known is None:
         return _nothing({"stopped": False, "port": port})
     document = known.document()
+    sys.stderr.write("stopping; requests under way are finished first\n")
     known.stop()
     return {"stopped": True, **{name: document[name] for name in document if name not in ("try", "url", "log")}}
 

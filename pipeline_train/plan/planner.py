@@ -189,6 +189,8 @@ def _check(wished: Wish, gpu: str, gpus: Optional[int], dims: Dims, mfu: Optiona
             "--gpus: %d stages, but the model has only %d layers (embed + %d blocks + head). Use at most %d, or replicas (--data)."
         )
         raise UserError(text % (gpus // wished.data, dims.layers, dims.blocks, dims.layers * wished.data))
+    if wished.recompute == "selective" and cards.stack_of(gpu) == "pinned":
+        raise UserError("--recompute: selective needs torch 2.4, and %s runs with the pinned stack's 1.13; use blocks" % gpu)
     if wished.dtype == "bf16" and not cards.GPUS[gpu].bf16:
         raise UserError("--dtype: %s has no bf16; use fp16" % gpu)
     if dims.max_positions is not None and wished.seq_len > dims.max_positions:

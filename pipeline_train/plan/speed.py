@@ -12,6 +12,7 @@ from .cards import GPUS, Link
 from .memory import Setup, Sizes
 from .split import layer_weights
 
+FLEX = 1.74  # FlexAttention's arithmetic takes so much longer than a product's, at 188 000 tokens a row (benchmarks/results, H200)
 HOST_GBS = 10.0  # 10^9 bytes a second between a GPU and the host, and of the host's optimizer: parallel.offload
 
 
@@ -34,13 +35,15 @@ def bubble(pipe: int, micro_batches: int) -> float:
 def speed(dims: Dims, sizes: Sizes, setup: Setup, boundaries: Sequence[int], gpu: str, link: Link, mfu: float) -> Speed:
     """``mfu``: share of the card's peak that arithmetic reaches, recomputation counted as work."""
     card, tokens = GPUS[gpu], setup.micro * setup.seq_len
-    weights = layer_weights(dims, setup.seq_len, setup.again)
-    flops = [sum(weights[a:b]) for a, b in zip(boundaries, boundaries[1:])]
+    weights, products = (layer_weights(dims, length, setup.again) for length in (setup.seq_len, 0))
+    dearer = FLEX if setup.compiled else 1.0
+    costs = [product + (both - product) * dearer for both, product in zip(weights, products)]
+    flops, work = ([sum(each[a:b]) for a, b in zip(boundaries, boundaries[1:])] for each in (weights, costs))
     peak = card.tflops * 1e12 * mfu * (0.125 if setup.dtype == "fp32" else 1.0)
     hidden = tokens * dims.hidden * setup.width
     crossing = 2 * hidden + 16 * tokens  # hidden and its gradient; positions and segments
     crossing_s = 4 * link.us * 1e-6 + crossing / (link.gbs * 1e9) if setup.pipe > 1 else 0.0
-    busy = max(flops) * tokens / peak
+    busy = max(work) * tokens / peak
     pipelined = (setup.micro_batches + setup.pipe - 1) * (busy + crossing_s * (2 if setup.pipe > 2 else 1))
     params = max(sizes.parameters(sizes.part(a, b)) for a, b in zip(boundaries, boundaries[1:]))
     averaging = 2 * (setup.data - 1) / setup.data * params * 2 * setup.width / (link.gbs * 1e9)

@@ -88,10 +88,23 @@ def _check_options(options: Options) -> None:
             raise UserError("--%s %d: expected at least %d" % (name.replace("_", "-"), getattr(options, name), least))
     if options.tolerance is not None and not 0 < options.tolerance < 10:
         raise UserError("--tolerance %s: expected nats between 0 and 10, such as 0.001" % options.tolerance)
+    if options.output is not None:
+        _check_writable(Path(options.output))
 
 
 def _no_folder(model: str) -> Dict[str, Any]:
     raise UserError("--model %s: no such folder; name the one that is served" % model)
+
+
+def _check_writable(path: Path) -> None:
+    """Before minutes of work, not after them. Leaves no file where there was none."""
+    before = path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UserError("--output %s: cannot be written: %s" % (path, error.strerror)) from None
+    if not before:
+        path.unlink()
 
 
 def _write(path: str, document: Dict[str, Any]) -> None:

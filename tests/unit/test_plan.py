@@ -177,6 +177,7 @@ def test_the_largest_state_falls_with_stages(dims, optim, pipe):
     ({"gpus": 9, "data": 2}, "--gpus: 9 is not a multiple of 2 replicas"),
     ({"gpus": 2, "parts": [10, 12, 12]}, "--parts: 3 stages, but --gpus and --data make 2"),
     ({"gpus": 2, "parts": [10, 12]}, "parallel.parts: .* does not split 34 layers"),
+    ({"gpu": "t4", "recompute": "selective"}, "--recompute: selective needs torch 2.4, and t4 runs with the pinned stack's"),
     ({"gpu": "t4", "dtype": "bf16"}, "--dtype: t4 has no bf16; use fp16"),
     ({"seq_len": 4096}, "--seq-len: 4096 is over the model's 2048 positions"),
     ({"micro": 0}, "--micro: must be 1 or more, got 0"),
@@ -324,15 +325,18 @@ def test_the_benchmark_predicts_without_a_gpu():
 
 
 def test_speed_and_memory_are_those_measured():
-    """Within 15 and 1 % of what one H200 did with run.compile."""
+    """Within 15 and 1 % of what one H200 did with run.compile; the memory of a row of 188 416 tokens within 10."""
     lines = (ROOT / "benchmarks" / "results" / "2026-11-29-h200-train.json").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["engine"] == "ours"]
-    assert len(rows) == 3
+    assert len(rows) == 10 and {row["recompute"] for row in rows} == {"none", "selective", "blocks"}
     for row in rows:
         model = shapes.model_of(row["family"] + "-7b", row["blocks"])
-        wish = {"seq_len": row["seq"], "micro": row["micro"], "micro_batches": row["micro_batches"], "compile": True}
+        if row["family"] == "llama":
+            model["max_position_embeddings"] = max(4096, row["seq"])
+        wish = {"seq_len": row["seq"], "micro": row["micro"], "micro_batches": row["micro_batches"], "compile": True,
+                "recompute": row["recompute"]}  # fmt: skip
         found = plan(model, gpu="h200", gpus=1, **wish)
         assert found["tokens_per_s"] == pytest.approx(row["positions_per_s"], rel=0.15) and "H200" in found["mfu_source"]
-        assert found["stages"][0]["gib"]["total"] == pytest.approx(row["gib"][0], rel=0.01)
+        assert found["stages"][0]["gib"]["total"] == pytest.approx(row["gib"][0], rel=0.1 if row["seq"] > 10000 else 0.01)
     plain = plan(shapes.model_of("llama-7b", 8), gpu="h200", gpus=1)
     assert "H200" not in plain["mfu_source"] and plain["mfu"] < found["mfu"]

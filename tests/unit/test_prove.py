@@ -333,11 +333,14 @@ def test_a_folder_without_a_chat_template_has_no_chat_to_compare(own, tmp_path):
 
 
 def test_user_errors_about_the_model(own, tmp_path):
+    with pytest.raises(UserError, match="--output .*none/x: cannot be written: No such file"):  # before anybody is asked
+        prove("http://127.0.0.1:9", own.model, options=Options(output=str(tmp_path / "none" / "x")))
+    with pytest.raises(UserError, match="http://127.0.0.1:9"):
+        prove("http://127.0.0.1:9", own.model, options=Options(output=str(tmp_path / "x"), timeout=2))
+    assert not (tmp_path / "x").exists()
     with Tgi08(own.model) as fake:
         with pytest.raises(UserError, match="--dtype int3: expected one of float32, float16, bfloat16"):
             prove(fake.url, own.model, options=Options(dtype="int3"))
-        with pytest.raises(UserError, match="--output .*none/x: cannot be written: No such file"):
-            prove(fake.url, own.model, options=Options(output=str(tmp_path / "none" / "x"), weights=False))
         bare = made.planted(own.model, tmp_path / "bare")
         (tmp_path / "bare" / "model.safetensors").unlink()
         with pytest.raises(UserError, match="--model .*bare: transformers cannot load it"):

@@ -34,7 +34,8 @@ def test_found_again_by_its_labels_and_stopped(folder, engine, capfd):
     code, out, _ = cli(capfd, "--logs", "--port", str(port))
     assert code == 0 and "Connected" in out and '"k"' not in out and "***" in out
     [handle] = engine.handles
-    code, out, _ = cli(capfd, "--stop", "--port", str(port))
+    code, out, err = cli(capfd, "--stop", "--port", str(port))
+    assert err == "stopping; requests under way are finished first\n"
     assert (code, out) == (0, "stopped %s (tgi 3.3.7, container pipedock-serve-%d)\n" % (folder, port))
     assert engine.handles == [] and handle.stopped[0] >= 90
     assert "Connected" in cli(capfd, "--logs", "--port", str(port))[1]  # kept
