@@ -219,15 +219,22 @@ class Pipeline:
 
     def write_whole(self, parameter: torch.nn.Parameter, value: torch.Tensor, moment: Optional[str] = None) -> None:
         """The reverse of read_whole; a weight also goes, rounded to the run's dtype, into the parameter itself."""
+        self.write(parameter, 0, value.reshape(-1), moment)
+
+    def write(self, parameter: torch.nn.Parameter, begin: int, part: torch.Tensor, moment: Optional[str] = None) -> None:
+        """As ``write_whole``, of the flat elements from ``begin`` on. They travel to the device once."""
         self.watched.pulse.tick("loading")
+        piece, end = self._piece(parameter), begin + len(part)
+        here = part.to(parameter.device)
         if moment is None:
-            with torch.no_grad():
-                parameter.copy_(value.view(parameter.shape))
-        piece = self._piece(parameter)
+            parameter.detach().view(-1)[begin:end].copy_(here)
         if piece is not None:
             flat, inside, of = piece
-            target = flat if moment is None else self.base_optimizer.state[flat][moment]
-            target.detach()[inside] = value.reshape(-1)[of].to(device=target.device, dtype=target.dtype)
+            target = (flat if moment is None else self.base_optimizer.state[flat][moment]).detach()[inside]
+            first, last = max(begin, of.start), min(end, of.stop)
+            if first < last:
+                values = here if target.device == here.device else part  # offload: they need not come back
+                target[first - of.start : last - of.start].copy_(values[first - begin : last - begin])
 
     def set_steps(self, step: int) -> None:
         """Zero moments and ``step`` as the step counter of every group. Needed before step 1 too: 0.9.2 makes a step on zero

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from . import manifest, manifest_values
 from .models import build_layer, init_layer
-from .weights import open_source
+from .weights import Source, open_source
 
 if TYPE_CHECKING:
     from .engine import Pipeline
@@ -29,18 +29,27 @@ def named(pipe: "Pipeline", layer: int) -> Dict[str, torch.nn.Parameter]:
 
 def start(pipe: "Pipeline") -> None:
     """Fill this rank's layers from model.path, or from scratch when model.init is random. Only its own layers are read."""
-    config = pipe.config
-    source = open_source(config.model.path) if config.model.init == "pretrained" else None
-    for layer in pipe.stage.layers:
-        if source is not None:
-            values = source.layer(layer)
-        else:
+    if pipe.config.model.init == "pretrained":
+        _read(pipe, open_source(pipe.config.model.path))
+    else:
+        for layer in pipe.stage.layers:
             fresh = build_layer(pipe.dims, layer)
-            init_layer(fresh, pipe.dims, layer, config.run.seed)
-            values = fresh.state_dict()
-        for name, parameter in named(pipe, layer).items():
-            pipe.write_whole(parameter, values[name])
+            init_layer(fresh, pipe.dims, layer, pipe.config.run.seed)
+            for name, parameter in named(pipe, layer).items():
+                pipe.write_whole(parameter, fresh.state_dict()[name])
     pipe.set_steps(0)
+
+
+def _read(pipe: "Pipeline", source: Source) -> None:
+    """Piece by piece: memory that was just used takes the next one, where a whole tensor's would be new, page after page."""
+    if pipe.dims.layers - 1 in pipe.stage.layers:
+        source.check_tied()
+    for layer in pipe.stage.layers:
+        for name, parameter in named(pipe, layer).items():
+            begin = 0
+            for part in source.pieces(layer, name):
+                pipe.write(parameter, begin, part)
+                begin += len(part)
 
 
 def load(pipe: "Pipeline", path: Path) -> int:
