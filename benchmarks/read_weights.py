@@ -68,7 +68,13 @@ def turn(what: str, cold: bool, files: List[str], pipe: Any) -> Dict[str, Any]:
 
             torch.cuda.synchronize()
     took, size = time.perf_counter() - began, sum(os.path.getsize(name) for name in files)
-    return {"what": what, "cold": cold, "seconds": round(took, 3), "gib": round(size / 2**30, 3), "gb_per_s": round(size / 1e9 / took, 2)}
+    return {
+        "what": what,
+        "cold": cold,
+        "seconds": round(took, 3),
+        "gib": round(size / 2**30, 3),
+        "gb_per_s": round(size / 1e9 / took, 2),
+    }
 
 
 def main() -> None:
@@ -90,7 +96,8 @@ def main() -> None:
         print(json.dumps(row))
     for cold in (True, False):
         cat, ours = (
-            statistics.median(row["seconds"] for row in rows if (row["what"], row["cold"]) == (what, cold)) for what in ("cat", "ours")
+            statistics.median(row["seconds"] for row in rows if (row["what"], row["cold"]) == (what, cold))
+            for what in ("cat", "ours")
         )
         print(json.dumps({"what": "cat over ours", "cold": cold, "ratio": round(cat / ours, 3)}))
 
