@@ -3,8 +3,9 @@
     python benchmarks/read_weights.py                                        # llama-7b's geometry, 1 block
     python benchmarks/read_weights.py --model bloom-7b --blocks 2 --dtype bf16
 
-One stage through the real engine; timed is what masters.start does but for zeroing the optimizer's moments: read, rounded to the run's
-dtype into the parameters, and in fp32 into the optimizer's partitions. In turns, ``--rounds`` of each, first with the files out of the page cache (posix_fadvise), then with them in it.
+One stage through the real engine; timed is what masters.start does but for zeroing the optimizer's moments: read, rounded to
+the run's dtype into the parameters, and in fp32 into the optimizer's partitions. In turns, ``--rounds`` of each, first with the
+files out of the page cache (posix_fadvise), then with them in it.
 Prints one JSON row per turn, then the medians' ratios: cat's seconds over ours.
 """
 
