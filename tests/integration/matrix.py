@@ -90,6 +90,8 @@ MATRIX = _matrix()
 EXTRA = [
     Case(2, 1, 1, 1, "bloom", True, recompute="blocks", quick=True),  # a step of one row
     Case(2, 1, 8, 2, "bloom-tied", True, (5, 1)),
+    Case(2, 1, 8, 2, "bloom", True, recompute="selective", quick=True),
+    Case(1, 2, 8, 1, "llama-tied", True, recompute="selective", dtype="bf16", quick=True),
     Case(2, 4, 4, 1, "llama-tied", True, (1, 5)),  # four replicas, the last one without a learnt token
     Case(2, 1, 8, 2, "llama-tied", True, optim="lion", quick=True),
     Case(1, 1, 4, 4, "bloom", False, optim="lion"),

@@ -23,7 +23,9 @@ from tests.models import make_hf
 BF16 = compat.release(compat.versions()["deepspeed"] or "") >= (0, 9, 3)  # compat.check_dtype refuses it before
 RANK = Path(__file__).with_name("pipeline_rank.py")
 FIGURES = os.environ.get("PIPEDOCK_MATRIX")
-CASES = [c for c in matrix.MATRIX + matrix.EXTRA if (c.quick or FIGURES) and (c.dtype != "bf16" or BF16)]
+SELECTIVE = compat.release(torch.__version__) >= (2, 4)  # compat.check_selective
+HERE = [c for c in matrix.MATRIX + matrix.EXTRA if (c.dtype != "bf16" or BF16) and (c.recompute != "selective" or SELECTIVE)]
+CASES = [case for case in HERE if case.quick or FIGURES]
 AT_ONCE = 20  # cases of one launch: each leaves 30 sockets of its process groups open, and 1024 is a usual limit
 MODELS = matrix.models()
 WORLDS = pytest.mark.parametrize("world", sorted({case.world for case in CASES}))
