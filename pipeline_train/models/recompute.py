@@ -2,6 +2,7 @@
 attention gave ("selective": the rest, norms, rotations and activation functions, is cheap; arXiv 2205.05198 names the idea)."""
 
 import functools
+import logging
 from typing import Any, Callable
 
 import torch
@@ -9,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 KEPT = ("aten::mm", "aten::addmm", "flex_attention")  # and every kind of scaled_dot_product_attention
 FUSED = "aten::_scaled_dot_product"
+# torch.compile warns of every selective block that writes in place must not be in it; ours write into new tensors only.
+logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn is passed" not in record.getMessage())
 
 
 def whole(block: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -158,6 +158,10 @@ class Engine:
             LOG.warning("%s is served without CUDA graphs, slower: %s", self.model.config.model_type, problem)
         elif self._own_attention:
             self._recorded.alike = self._alike()
+            if not self._recorded.independent:
+                LOG.warning(
+                    "this device's attention depends on how many requests there are: it may decide between almost equal tokens"
+                )
 
     def _alike(self) -> Set[Tuple[int, int]]:
         config = self.model.config.get_text_config()

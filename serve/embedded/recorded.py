@@ -23,6 +23,7 @@ from .sampling import likeliest
 LEAST = 64
 PIECES = (16, 64, 256)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
+DEARER = 8  # memory, too: the tables hold that many rows and columns
 WIDTHS = (128, 256, 512, 1024)  # a pass is recorded for so many columns or more
 
 Forward = Callable[[Tensor, FixedStep], Tensor]  # ids [B, n] -> logits [B, n or 1, V]
@@ -62,12 +63,18 @@ class Recorded:
         return logits[0], best
 
     def _shape(self, rows: int, columns: int) -> Tuple[int, int]:
-        """The least work among the shapes that are alike; what is larger than all that were compared is taken to be like the
-        largest."""
+        """The least work among the shapes that are alike, unless it is ``DEARER`` times that of what is needed; what is larger
+        than all that were compared is taken to be like the largest."""
         active, width = _power(rows), max(WIDTHS[0], _power(columns))
-        fit = [(a, w) for a, w in self.alike if a >= min(active, ROWS[-1]) and w >= min(width, WIDTHS[-1])]
-        least = min(fit, key=lambda shape: (shape[0] * shape[1], shape))
+        tried = min(active, ROWS[-1]), min(width, WIDTHS[-1])
+        fit = [(a, w) for a, w in self.alike if a >= tried[0] and w >= tried[1] and a * w <= DEARER * tried[0] * tried[1]]
+        least = min(fit, key=lambda shape: (shape[0] * shape[1], shape), default=tried)
         return max(active, least[0]), max(width, least[1])
+
+    @property
+    def independent(self) -> bool:
+        """No row's bits depend on how large the pass is."""
+        return all(self._shape(rows, width) in self.alike for rows in ROWS for width in WIDTHS)
 
     def room(self, rows: int, columns: int) -> None:
         """Make the cache large enough; then the addresses have changed."""

@@ -12,6 +12,7 @@ difference  what a wrong id looks like
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -98,13 +99,14 @@ def _no_folder(model: str) -> Dict[str, Any]:
 
 def _check_writable(path: Path) -> None:
     """Before minutes of work, not after them. Leaves no file where there was none."""
-    before = path.exists()
+    target = os.path.realpath(str(path))  # not a link that leads there
+    before = os.path.exists(target)
     try:
         path.open("a").close()
     except OSError as error:
         raise UserError("--output %s: cannot be written: %s" % (path, error.strerror)) from None
     if not before:
-        path.unlink()
+        os.unlink(target)
 
 
 def _write(path: str, document: Dict[str, Any]) -> None:

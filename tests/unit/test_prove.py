@@ -338,6 +338,11 @@ def test_user_errors_about_the_model(own, tmp_path):
     with pytest.raises(UserError, match="http://127.0.0.1:9"):
         prove("http://127.0.0.1:9", own.model, options=Options(output=str(tmp_path / "x"), timeout=2))
     assert not (tmp_path / "x").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    for name, text in (("link", "http://127.0.0.1:9"), ("a" * 300, "--output .*a: cannot be written: File name too long")):
+        with pytest.raises(UserError, match=text):
+            prove("http://127.0.0.1:9", own.model, options=Options(output=str(tmp_path / name), timeout=2))
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "x").exists()
     with Tgi08(own.model) as fake:
         with pytest.raises(UserError, match="--dtype int3: expected one of float32, float16, bfloat16"):
             prove(fake.url, own.model, options=Options(dtype="int3"))

@@ -110,9 +110,8 @@ def test_the_likeliest_tokens_come_with_a_pass(tmp_path):
     assert engine.best is None
 
 
-@pytest.mark.parametrize("wide, many", [(128, 1), (256, 1), (1024, 1), (128, 4), (512, 64)])
-def test_no_pass_is_so_small_that_its_size_changes_a_bit(tmp_path, monkeypatch, wide, many):
-    """A library that computes little attention in another way: what a row gets must not depend on its neighbours."""
+def planted(monkeypatch, wide, many):
+    """An attention that computes small passes in another way."""
     plain = attention.sdpa
 
     def by_size(q, k, v, **how):
@@ -120,6 +119,12 @@ def test_no_pass_is_so_small_that_its_size_changes_a_bit(tmp_path, monkeypatch, 
         return plain(q, k, v, **how) * (1.00001 if small and q.shape[2] == 1 else 1)
 
     monkeypatch.setattr(attention, "sdpa", by_size)
+
+
+@pytest.mark.parametrize("wide, many", [(128, 1), (256, 1), (1024, 1), (128, 4), (256, 4)])
+def test_no_pass_is_so_small_that_its_size_changes_a_bit(tmp_path, monkeypatch, wide, many):
+    """What a row gets must not depend on its neighbours."""
+    planted(monkeypatch, wide, many)
     engine, _ = made(tmp_path, tiny_config("llama", max_position_embeddings=2048))
     assert engine._recorded.alike == {(n, width) for n in ROWS for width in WIDTHS if n >= many and width >= wide}
     engine.prefill(0, [5] * 50, 0)
@@ -128,6 +133,23 @@ def test_no_pass_is_so_small_that_its_size_changes_a_bit(tmp_path, monkeypatch, 
         engine.prefill(0, [5] * 50, 0)
         tokens, lengths = [7] + [8] * len(neighbours), [50] + neighbours
         assert torch.equal(engine.decode(tokens, lengths)[0], alone)
+
+
+def test_what_would_cost_too_much_is_not_done_but_said(tmp_path, monkeypatch, caplog):
+    planted(monkeypatch, wide=1024, many=64)
+    engine, model = made(tmp_path, tiny_config("llama", max_position_embeddings=128))
+    assert engine._recorded.alike == {(64, 1024)} and not engine._recorded.independent
+    assert "this device's attention depends on how many requests there are" in caplog.text
+    assert greedy.of_engine(engine, [5, 6, 7], 4)[0] == greedy.of_model(model, [5, 6, 7], 4)
+    assert engine._cache.size == (1, 192)
+
+
+def test_a_device_that_never_gives_the_same_bits_is_served(tmp_path, monkeypatch, caplog):
+    plain = attention.sdpa
+    monkeypatch.setattr(attention, "sdpa", lambda q, k, v, **how: plain(q, k, v, **how) + torch.rand(1) * 1e-6)
+    engine, model = made(tmp_path)
+    assert engine._recorded.alike == {(64, 1024)} and "almost equal tokens" in caplog.text
+    assert greedy.of_engine(engine, [5, 6, 7], 4)[0] == greedy.of_model(model, [5, 6, 7], 4)
 
 
 def test_where_that_cannot_be_tried_it_is_said(tmp_path, monkeypatch, caplog):
