@@ -98,9 +98,10 @@ class Link:
         return self.heard > self.began
 
     def start(self) -> None:
-        self.threads = [threading.Thread(target=work, daemon=True) for work in (self._follow, self._beat)]
-        for thread in self.threads:
+        for work in (self._follow, self._beat):
+            thread = threading.Thread(target=work, daemon=True)
             thread.start()
+            self.threads.append(thread)  # not before: another thread may say ``end`` now, which joins them
 
     def write(self, kind: str, document: Document, payload: bytes = b"") -> None:
         """Raises OSError."""

@@ -256,6 +256,21 @@ def test_a_node_that_goes_while_others_are_missing_may_come_again():
     assert cluster.join()[0] == ["box0", "second", "box2"]
 
 
+def test_a_link_may_be_ended_while_it_starts(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        theirs = server.accept()[0]
+    one, start = link.Link(ours, 1, "box1", threading.Condition()), threading.Thread.start
+
+    def ended_first(thread):
+        one.end({})
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", ended_first)
+    one.start()
+    theirs.close()
+
+
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_closed_connection_is_a_dead_node_on_every_node(victim):
     def work(channel):
