@@ -219,13 +219,13 @@ class Pipeline:
 
     def write_whole(self, parameter: torch.nn.Parameter, value: torch.Tensor, moment: Optional[str] = None) -> None:
         """The reverse of read_whole; a weight also goes, rounded to the run's dtype, into the parameter itself."""
-        self.write(parameter, 0, value.reshape(-1), moment)
+        self.write(parameter, 0, value.reshape(parameter.shape).reshape(-1), moment)
 
     def write(self, parameter: torch.nn.Parameter, begin: int, part: torch.Tensor, moment: Optional[str] = None) -> None:
-        """As ``write_whole``, of the flat elements from ``begin`` on. They travel to the device once."""
+        """As ``write_whole``, of the flat elements from ``begin`` on. A weight travels to the device once."""
         self.watched.pulse.tick("loading")
         piece, end = self._piece(parameter), begin + len(part)
-        here = part.to(parameter.device)
+        here = part.to(parameter.device) if moment is None else part
         if moment is None:
             parameter.detach().view(-1)[begin:end].copy_(here)
         if piece is not None:

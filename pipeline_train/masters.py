@@ -35,8 +35,9 @@ def start(pipe: "Pipeline") -> None:
         for layer in pipe.stage.layers:
             fresh = build_layer(pipe.dims, layer)
             init_layer(fresh, pipe.dims, layer, pipe.config.run.seed)
+            values = fresh.state_dict()
             for name, parameter in named(pipe, layer).items():
-                pipe.write_whole(parameter, fresh.state_dict()[name])
+                pipe.write_whole(parameter, values[name])
     pipe.set_steps(0)
 
 

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any, Dict, List, Tuple
 
+from . import flags
 from .progress import say
 
 HELP = "measure on this machine, with peers side by side: train, serve, convert"
@@ -24,7 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--pipe", type=int, default=1, metavar="P", help="stages; default 1")
     train.add_argument("--data", type=int, default=1, metavar="D", help="replicas; default 1")
     train.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU, fp32 on a CPU")
-    train.add_argument("--recompute", choices=["none", "selective", "blocks"], default="none")
+    train.add_argument("--recompute", choices=flags.RECOMPUTE, default="none")
     train.add_argument("--optim", choices=["adamw", "lion"], default="adamw")
     train.add_argument("--compile", action="store_true", help="run.compile")
     train.add_argument("--steps", type=int, default=3, metavar="N", help="that are timed; default 3")

@@ -5,6 +5,8 @@ import math
 from typing import Callable
 from urllib.parse import urlsplit
 
+RECOMPUTE = ("none", "selective", "blocks")  # parallel.recompute
+
 
 def whole(least: int) -> Callable[[str], int]:
     """A whole number, ``least`` or more."""

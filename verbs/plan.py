@@ -3,6 +3,8 @@
 import argparse
 from typing import Any, Dict, List, Optional, Tuple
 
+from . import flags
+
 MODEL_ONLY = ("gpus", "data", "parts", "seq_len", "micro", "micro_batches", "optim", "dtype", "recompute", "offload", "compile")
 HELP = "what a training run needs: GPUs, memory per stage, balance, bubble, tokens per second"
 DEFAULT_GPU = "h100-80g"
@@ -32,7 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--micro-batches", type=int, metavar="M", help="per replica and step (default: 8, or the stages if more)")
     model.add_argument("--optim", choices=["adamw", "lion"], help="default: adamw")
     model.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: bf16 where the card has it, else fp16")
-    model.add_argument("--recompute", choices=["none", "selective", "blocks"], help="default: none")
+    model.add_argument("--recompute", choices=flags.RECOMPUTE, help="default: none")
     model.add_argument("--compile", action="store_true", help="blocks through torch.compile (run.compile)")
     model.add_argument("--offload", action="store_true", help="optimizer in host memory")
 

@@ -6,17 +6,17 @@ import logging
 from typing import Any, Callable
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint as checkpoints
 
 KEPT = ("aten::mm", "aten::addmm", "flex_attention")  # and every kind of scaled_dot_product_attention
 FUSED = "aten::_scaled_dot_product"
-# torch.compile warns of every selective block that writes in place must not be in it; ours write into new tensors only.
+# torch.compile warns that a selective block must not write in place into what came from outside; ours do not.
 logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn is passed" not in record.getMessage())
 
 
 def whole(block: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """``block`` with only its inputs kept. No dropout anywhere, so the random state need not be replayed."""
-    return functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+    return functools.partial(checkpoints.checkpoint, block, use_reentrant=False, preserve_rng_state=False)
 
 
 def selective(block: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -25,14 +25,10 @@ def selective(block: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _contexts() -> Any:
-    from torch.utils.checkpoint import create_selective_checkpoint_contexts
-
-    return create_selective_checkpoint_contexts(_policy)
+    return checkpoints.create_selective_checkpoint_contexts(_policy)
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
-    from torch.utils.checkpoint import CheckpointPolicy
-
     name = operator.name()
     keep = name in KEPT or name.startswith(FUSED)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    return checkpoints.CheckpointPolicy.MUST_SAVE if keep else checkpoints.CheckpointPolicy.PREFER_RECOMPUTE

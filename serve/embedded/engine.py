@@ -5,7 +5,7 @@ Before it serves, every model shows that this gives the logits of a plain forwar
 
 import inspect
 import logging
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Union
 
 import torch
 from safetensors import SafetensorError
@@ -157,19 +157,19 @@ class Engine:
             self._recorded = None
             LOG.warning("%s is served without CUDA graphs, slower: %s", self.model.config.model_type, problem)
         elif self._own_attention:
-            self._recorded.alike = self._alike()
+            self._try_alike(self._recorded)
             if not self._recorded.independent:
                 LOG.warning(
                     "this device's attention depends on how many requests there are: it may decide between almost equal tokens"
                 )
 
-    def _alike(self) -> Set[Tuple[int, int]]:
-        config = self.model.config.get_text_config()
+    def _try_alike(self, recorded: Recorded) -> None:
+        """Leave out the sizes of a pass that give a row other bits than the largest does."""
         try:
-            return attention.alike(config.num_attention_heads, *self._heads, self.dtype, self.device, ROWS, WIDTHS)
+            heads = self.model.config.get_text_config().num_attention_heads
+            recorded.alike = attention.alike(heads, *self._heads, self.dtype, self.device, ROWS, WIDTHS)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # out of memory, say
             LOG.warning("whether a row's attention is the same in any company could not be tried: %s", str(error).split("\n")[0])
-            return {(rows, width) for rows in ROWS for width in WIDTHS}
 
     def _kept(self, hidden: Tensor) -> Tensor:
         return hidden[:, -self._keep :] if isinstance(self._keep, int) else hidden.index_select(1, self._keep)

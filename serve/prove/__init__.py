@@ -64,7 +64,7 @@ def prove(
         seconds=round(time.perf_counter() - started, 3),
     )
     if options.output is not None:
-        _write(options.output, document)
+        _write(Path(options.output), document)
     failed = [check for check in done if check.holds is False]
     if failed:
         others = ["%d more there" % (len(failed[0].failures) - 1)] if len(failed[0].failures) > 1 else []
@@ -104,13 +104,17 @@ def _check_writable(path: Path) -> None:
     try:
         path.open("a").close()
     except OSError as error:
-        raise UserError("--output %s: cannot be written: %s" % (path, error.strerror)) from None
+        raise _unwritable(path, error) from None
     if not before:
         os.unlink(target)
 
 
-def _write(path: str, document: Dict[str, Any]) -> None:
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError("--output %s: cannot be written: %s" % (path, error.strerror))
+
+
+def _write(path: Path, document: Dict[str, Any]) -> None:
     try:
-        Path(path).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError("--output %s: cannot be written: %s" % (path, error.strerror)) from None
+        raise _unwritable(path, error) from None
