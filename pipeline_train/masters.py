@@ -4,6 +4,7 @@ With ZeRO-1 each replica holds a piece of every master weight; Pipeline.read_who
 """
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
@@ -42,15 +43,22 @@ def start(pipe: "Pipeline") -> None:
 
 
 def _read(pipe: "Pipeline", source: Source) -> None:
-    """Piece by piece: memory that was just used takes the next one, where a whole tensor's would be new, page after page."""
+    """Piece by piece: memory that was just used takes the next one, where a whole tensor's would be new, page after page. Several
+    tensors at once: while one is copied the disk gives the next."""
+
+    def fill(place: Tuple[int, str, torch.nn.Parameter]) -> None:
+        layer, name, parameter = place
+        begin = 0
+        for part in source.pieces(layer, name):
+            pipe.write(parameter, begin, part)
+            begin += len(part)
+
     if pipe.dims.layers - 1 in pipe.stage.layers:
         source.check_tied()
-    for layer in pipe.stage.layers:
-        for name, parameter in named(pipe, layer).items():
-            begin = 0
-            for part in source.pieces(layer, name):
-                pipe.write(parameter, begin, part)
-                begin += len(part)
+    places = [(layer, *item) for layer in pipe.stage.layers for item in named(pipe, layer).items()]
+    with ThreadPoolExecutor(source.threads) as pool:
+        for _ in pool.map(fill, places):  # raises what went wrong
+            pass
 
 
 def load(pipe: "Pipeline", path: Path) -> int:
