@@ -193,7 +193,8 @@ print((peak_gib() - before) * 2**30)
 
 
 def test_memory_is_a_piece_and_neither_a_tensor_nor_a_shard(tmp_path):
-    """0.4 GB in two tensors of 200 MB: pieces of 64 MiB and their casts are all that is held."""
+    """0.4 GB in two tensors of 200 MB: pieces of 16 MiB, one or two for each thread, and their casts are all that is held. What
+    glibc keeps of what was given back (once 120 MiB, once 0) is not held: here every piece is mapped by itself."""
     config = tiny_config("bloom", hidden_size=256, n_layer=1, tie_word_embeddings=False)
     for name, vocab in (("small", 131), ("big", 196608)):
         state = state_of(make_hf(tmp_path / name / "hf", config))
@@ -203,8 +204,8 @@ def test_memory_is_a_piece_and_neither_a_tensor_nor_a_shard(tmp_path):
         save_file(state, str(tmp_path / name / "hf" / "model.safetensors"))
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path / "small"), str(tmp_path / "big")],
-        capture_output=True, text=True, timeout=300, env=ENVIRONMENT,
+        capture_output=True, text=True, timeout=300, env=dict(ENVIRONMENT, MALLOC_MMAP_THRESHOLD_=str(2**20)),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     grown = float(done.stdout) / 2**20
-    assert grown < 200, "grown by %.0f MiB" % grown
+    assert grown < 150, "grown by %.0f MiB" % grown
