@@ -3,7 +3,8 @@
     python benchmarks/serve_load.py                                       # five minutes or so on a CPU
     python benchmarks/serve_load.py --clients 16 --seconds 5 --requests 500
 
-One server with ``--clients`` places and a tiny random llama, so that what is measured is the server and not the model:
+One server with ``--clients`` places and a tiny random llama, so that what is measured is the server and not the model (another
+size with --hidden and --blocks):
 
 - crowd: every client asks for ``--seconds`` (streams, whole answers, chats; greedy and sampled) and compares with what the same
   request got alone before;
@@ -21,11 +22,9 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Coroutine, Dict, List, Tuple
@@ -34,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench.servers import Server  # noqa: E402
-from benchmarks.serving import tiny_model  # noqa: E402
+from benchmarks.serving import Flood, Streams, tiny_model  # noqa: E402
 from serve.client import AsyncClient, ClientError  # noqa: E402
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -92,90 +91,17 @@ async def crowd(server: Server, clients: int, seconds: float) -> Dict[str, Any]:
     return {"what": "crowd", "clients": clients, "seconds": round(took, 1), **found}
 
 
-class Streams:
-    """As many endless streams as there are places, read from bare sockets: what is measured must be the server, and a client that
-    understands what it reads is slower than that. ``received``: tokens; ``ended``: answers that came to their end."""
-
-    def __init__(self, server: Server, count: int) -> None:
-        self.received, self.ended = 0, 0
-        self._server, self._count = server, count
-        self._writers: List[asyncio.StreamWriter] = []
-        self.tasks: List[asyncio.Task[None]] = []
-
-    async def start(self, tokens: int = 3900) -> None:
-        while self._server.gauge("tgi_batch_current_size"):  # those who left before have not given back their places
-            await asyncio.sleep(0.05)
-        self.tasks = [asyncio.ensure_future(self._read(tokens)) for _ in range(self._count)]
-        while self._server.gauge("tgi_batch_current_size") < self._count:
-            await asyncio.sleep(0.05)
-
-    async def _read(self, tokens: int) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._server.port)
-        self._writers.append(writer)
-        writer.write(request("/generate_stream", tokens))
-        while data := await reader.read(65536):
-            self.received += data.count(b'data: {"index":')
-            self.ended += data.count(b'"generated_text":"')
-            if data.endswith(b"0\r\n\r\n"):
-                return
-
-    async def speed(self, seconds: float) -> Tuple[float, float]:
-        """Tokens a second, and processor milliseconds of the server per token."""
-        before, started, used = self.received, time.monotonic(), self._server.cpu_s()
-        await asyncio.sleep(seconds)
-        tokens = self.received - before
-        return tokens / (time.monotonic() - started), (self._server.cpu_s() - used) * 1000 / max(1, tokens)
-
-    async def leave(self) -> None:
-        for task in self.tasks:
-            task.cancel()
-        for writer in self._writers:
-            writer.close()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-
-
-def request(path: str, tokens: int) -> bytes:
-    body = b'{"inputs":"x","parameters":{"max_new_tokens":%d}}' % tokens
-    head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    return head % (path.encode(), len(body)) + body
-
-
-class Flood:
-    """A thread that asks ``rate`` times a second, on one connection, and notes how long each refusal took."""
-
-    def __init__(self, server: Server, rate: float) -> None:
-        self.waits: List[float] = []
-        self._server, self._rate, self._over = server, rate, threading.Event()
-        self._thread = threading.Thread(target=self._pour)
-
-    def __enter__(self) -> "Flood":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _pour(self) -> None:
-        with socket.create_connection(("127.0.0.1", self._server.port)) as connection:
-            while not self._over.wait(1 / self._rate):
-                started = time.perf_counter()
-                connection.sendall(request("/generate", 1))
-                answer = connection.recv(65536)
-                while b'"overloaded"}' not in answer:  # head and body may come one after the other
-                    answer += connection.recv(65536)
-                self.waits.append(time.perf_counter() - started)
-                assert answer.startswith(b"HTTP/1.1 429 "), answer
-
-
 async def overload(server: Server, clients: int, flood: float) -> Dict[str, Any]:
-    """In turns without and with the flood: three of each, so that a change of the machine's load hits both."""
+    """Windows without and with the flood: the longer the streams' contexts, the slower their steps, so each pair of windows comes
+    in the other order than the pair before it, and both kinds have the same mean context."""
     streams, waits, quiet, flooded = Streams(server, clients), [], [], []
     await streams.start()
-    for _ in range(3):
-        quiet.append(await streams.speed(3))
+    for beside in (False, True, True, False) * 2:
+        if not beside:
+            quiet.append(await streams.speed(2))
+            continue
         with Flood(server, flood) as poured:
-            flooded.append(await streams.speed(3))
+            flooded.append(await streams.speed(2))
         waits += poured.waits
     running = server.gauge("tgi_batch_current_size")
     await streams.leave()
@@ -184,8 +110,8 @@ async def overload(server: Server, clients: int, flood: float) -> Dict[str, Any]
     found: Dict[str, Any] = {"what": "overload", "streams": clients, "still_running": running, "refused": len(waits)}
     found.update((name, round(value * 1000, 1)) for name, value in spread.items())
     for name, windows in (("alone", quiet), ("flooded", flooded)):
-        found["tokens_per_s_" + name] = round(statistics.median(speed for speed, _ in windows))
-        found["cpu_ms_per_token_" + name] = round(statistics.median(cost for _, cost in windows), 3)
+        found["tokens_per_s_" + name] = round(statistics.mean(speed for speed, _ in windows))
+        found["cpu_ms_per_token_" + name] = round(statistics.mean(cost for _, cost in windows), 3)
     return found
 
 
@@ -240,10 +166,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--flood", type=float, default=50.0, help="refused requests a second")
     parser.add_argument("--requests", type=int, default=10000)
+    parser.add_argument("--hidden", type=int, default=64, help="with 64 a step is nearly all server")
+    parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--parts", default="crowd,overload,gone,memory,drain")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        tiny_model(Path(folder) / "model")
+        size = {"hidden_size": args.hidden, "intermediate_size": args.hidden * 3 // 2, "num_hidden_layers": args.blocks}
+        tiny_model(Path(folder) / "model", **size)
         with Server(Path(folder) / "model", "--max-concurrent-requests", str(args.clients)) as server:
             parts: Dict[str, Callable[[], Coroutine[Any, Any, Dict[str, Any]]]] = {
                 "crowd": lambda: crowd(server, args.clients, args.seconds),
