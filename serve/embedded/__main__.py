@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -16,6 +17,7 @@ from pipeline_train.errors import RunFailed, UserError
 from ..proved import check_proof
 from . import args
 from .args import Options
+from .worker import NAME
 
 LOG = logging.getLogger("pipedock.serve")
 
@@ -44,9 +46,9 @@ def serve(options: Options) -> None:
     listener = bind(options.hostname, options.port)
     if local and not options.proof_checked:
         check_proof(options.model_id, LOG.info, required=not options.no_proof)
-    # Idle OpenMP threads sleep after some 25 us instead of spinning for milliseconds: with other work on the machine, each of the
-    # hundreds of barriers in a step otherwise costs a time slice, and a step became 10 to 20 times slower.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Waiting OpenMP threads spin for a quarter of a millisecond, then sleep. Some milliseconds, as usual, cost a time slice at each
+    # of a step's hundreds of barriers as soon as other work is there; to sleep at once costs as much when there is none.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from . import build  # torch and transformers, only when the flags are in order
 
     started = time.perf_counter()
@@ -90,7 +92,8 @@ def _log_to_stderr(as_json: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "torch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def model_folder(path: str) -> bool:
@@ -102,5 +105,14 @@ def model_folder(path: str) -> bool:
     return False
 
 
+def end(code: int) -> None:
+    """Exit. Not through Python's own end while the model thread computes: torch takes that for an error and aborts."""
+    if any(thread.name == NAME for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -58,12 +58,20 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: Optional[float],
 
 
 def _prefill(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: Optional[float], window: Optional[int]) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    if step.starts[0] == 0 and not (window and window < step.width):
-        return sdpa(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
-    return sdpa(q, k, v, attn_mask=mask(step.columns, step.count, step.width, q.dtype, window), scale=scale).transpose(1, 2)
+    """Each piece alone, over its own row's columns: the same numbers whoever else is read."""
+    groups, found = q.shape[1] // k.shape[1], []
+    for row, (at, start, count) in enumerate(step.pieces()):
+        width, queries = start + count, q[:, :, at : at + count]
+        keys, values = k[row : row + 1, :, :width], v[row : row + 1, :, :width]
+        if groups > 1:
+            keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+        if start == 0 and not (window and window < width):
+            out = sdpa(queries, keys, values, is_causal=True, scale=scale)
+        else:
+            hidden = mask(step.columns[row : row + 1], count, width, q.dtype, window)
+            out = sdpa(queries, keys, values, attn_mask=hidden, scale=scale)
+        found.append(out.transpose(1, 2))
+    return torch.cat(found, 1) if len(found) > 1 else found[0]
 
 
 def _fixed(q: Tensor, k: Tensor, v: Tensor, step: FixedStep, scale: Optional[float], window: Optional[int]) -> Tensor:

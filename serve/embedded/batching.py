@@ -8,10 +8,9 @@ down but never stops them. Prompts are read alone and in pieces of a fixed size:
 
 import asyncio
 import queue
-import threading
 import time
 from collections import deque
-from typing import Deque, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Deque, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -19,23 +18,24 @@ from torch import Tensor
 from .engine import Engine
 from .errors import ApiError, failed
 from .metrics import Metrics
-from .row import Job, Row
-from .sampling import Choice, choices, likeliest
+from .row import BROKEN, Job, Row, choose, words
+from .sampling import Choice
 from .shapes import TokenEvent
 from .text import Text
+from .worker import Worker
 
 PIECE = 256  # prompt tokens per forward pass
 TURN = 256  # prompt tokens between two decode steps
 
 Event = Union[TokenEvent, ApiError]
-# What torch raises, and what a mistake of ours would: that must not end the thread that everybody needs.
-BROKEN = (RuntimeError, MemoryError, ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class Scheduler:
-    """Owns the engine. ``max_rows`` requests run at once, and rows x the longest one's tokens stay within ``max_tokens``."""
+    """Owns the engine and ``worker``, the thread in which that was loaded. ``max_rows`` requests run at once, and rows x the
+    longest one's tokens stay within ``max_tokens``."""
 
-    def __init__(self, engine: Engine, text: Text, metrics: Metrics, max_rows: int, max_tokens: int) -> None:
+    def __init__(self, engine: Engine, worker: Worker, text: Text, metrics: Metrics, max_rows: int, max_tokens: int) -> None:
+        self._worker = worker
         self._engine, self._text, self._metrics = engine, text, metrics
         self._max_rows, self._max_tokens = max_rows, max_tokens
         self._inbox: queue.SimpleQueue[Optional[Job]] = queue.SimpleQueue()
@@ -43,21 +43,20 @@ class Scheduler:
         self._rows: List[Row] = []  # row i of the cache; a joining one comes last
         self._joining: Optional[Row] = None
         self._out: List[Tuple[Job, Event]] = []
-        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._loop: Optional[asyncio.AbstractEventLoop] = None
         self.suspect = False  # the last forward pass failed
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._thread.start()
+        self._worker.end_with(self._run)
 
     def stop(self) -> None:
         self._inbox.put(None)
-        self._thread.join(timeout=30)
+        self._worker.join(timeout=30)
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._worker.alive
 
     def submit(self, job: Job) -> None:
         self._inbox.put(job)
@@ -71,7 +70,7 @@ class Scheduler:
                         self._join()
                         self._decode()
                     except BROKEN as error:
-                        self._fail(_words(error))
+                        self._fail(words(error))
                     self._deliver()
         finally:
             self._fail("the server is stopping", list(self._waiting))
@@ -107,20 +106,45 @@ class Scheduler:
         """Read prompts of waiting requests while this turn's share lasts."""
         left = TURN
         while left > 0 and (self._joining or self._admit()):
+            read = self._next_pieces(left)
+            left -= sum(len(piece) for _, piece in read)
+            started = self._begin("prefill", len(read))
+            logits = self._prefill(read)
+            self._end("prefill", started)
+            for row, piece in read:
+                if row.job.accepted.decoder_input_details:
+                    row.add_prefill(self._text, piece, logits)
+                row.length += len(piece)
+            done = [row for row, _ in read if row is not self._joining]
+            first = len(logits) - len(read)  # one prompt may have logits behind each of its tokens
+            for row, choice in zip(done, choose(done, logits[first:][: len(done)], self._engine.best)):
+                self._add(row, choice)
+
+    def _next_pieces(self, left: int) -> List[Tuple[Row, List[int]]]:
+        """What the next pass reads: the joining row's piece and, if the engine can, those of rows admitted behind it, up to about
+        ``left`` tokens. A row whose prompt has been read then is no longer the joining one."""
+        read: List[Tuple[Row, List[int]]] = []
+        while left > 0 and (self._joining or self._admit()):
             row = self._joining
             assert row is not None
-            piece = row.job.accepted.ids[row.length : row.length + PIECE]
-            left -= len(piece)
-            details = row.job.accepted.decoder_input_details
-            started = self._begin("prefill", 1)
-            logits = self._engine.prefill(len(self._rows) - 1, piece, row.length, details)
-            self._end("prefill", started)
-            if details:
-                row.add_prefill(self._text, piece, logits)
-            row.length += len(piece)
-            if row.length == len(row.job.accepted.ids):
-                self._joining = None
-                self._add(row, choose([row], logits[-1:], self._engine.best)[0])
+            alone = row.job.accepted.decoder_input_details or not self._engine.together
+            if read and alone:
+                break
+            read.append((row, row.job.accepted.ids[row.length : row.length + PIECE]))
+            left -= len(read[-1][1])
+            if row.length + len(read[-1][1]) < len(row.job.accepted.ids):
+                break
+            self._joining = None
+            if alone:
+                break
+        return read
+
+    def _prefill(self, read: List[Tuple[Row, List[int]]]) -> Tensor:
+        row, piece = read[0]
+        first = self._rows.index(row)
+        if len(read) == 1:
+            return self._engine.prefill(first, piece, row.length, row.job.accepted.decoder_input_details)
+        return self._engine.prefill_together(first, [piece for _, piece in read], [row.length for row, _ in read])
 
     def _admit(self) -> bool:
         """Let the next waiting request in if there is a row and room for all its tokens; the first one always has both."""
@@ -154,7 +178,7 @@ class Scheduler:
         try:
             event: Event = choice if isinstance(choice, ApiError) else row.add(self._text, choice)
         except BROKEN as error:
-            event = failed(_words(error))
+            event = failed(words(error))
         if isinstance(event, ApiError):
             self._out.append((row.job, event))
             self._leave(row)
@@ -202,27 +226,6 @@ class Scheduler:
         self._metrics.count("tgi_batch_inference_success", method)
         self._metrics.observe("tgi_batch_forward_duration", (forward or now) - started, method)
         self._metrics.observe("tgi_batch_inference_duration", now - started, method)
-
-
-def choose(rows: List[Row], logits: Tensor, best: Optional[Tensor]) -> List[Union[Choice, ApiError]]:
-    """The next token of each row; ``logits`` [B, V]; ``best``: what ``likeliest`` gives for them (and more), where it is known.
-    How a row is treated depends on that row alone, and so does its failure."""
-    plain = [place for place, row in enumerate(rows) if row.sampler.plain]
-    found: Dict[int, Union[Choice, ApiError]] = {}
-    if plain:
-        these = slice(len(rows)) if len(plain) == len(rows) else plain
-        found.update(zip(plain, choices(likeliest(logits[these]) if best is None else best[:, these])))
-    for place, row in enumerate(rows):
-        if place not in found:
-            try:
-                found[place] = row.sampler.pick(logits[place])
-            except BROKEN as error:
-                found[place] = failed(_words(error))
-    return [found[place] for place in range(len(rows))]
-
-
-def _words(error: BaseException) -> str:
-    return "%s: %s" % (type(error).__name__, str(error).split("\n")[0])
 
 
 def _put_all(batch: List[Tuple[Job, Event]]) -> None:

@@ -23,6 +23,7 @@ from .metrics import Metrics
 from .service import Service
 from .text import Text
 from .validation import Limits
+from .worker import Worker
 
 LOG = logging.getLogger("pipedock.serve")
 VERSION = "3.3.6-dev0"  # what the releases 3.3.6 and 3.3.7 of the original report
@@ -33,7 +34,8 @@ MEMORY_SHARE = 0.15  # of the free memory, for keys and values; tables that doub
 def build(options: Options) -> Tuple[Starlette, Service]:
     """Load everything. UserError when the folder cannot be served."""
     text = load_text(options)
-    engine = load_engine(options)
+    worker = Worker()
+    engine = worker.do(lambda: load_engine(options))
     text.add_stop_ids(engine.generation_eos)
     if not text.stop_ids:
         LOG.warning("neither tokenizer nor generation_config.json name an end-of-sequence token: answers end at their length only")
@@ -42,7 +44,7 @@ def build(options: Options) -> Tuple[Starlette, Service]:
     budget = options.max_batch_total_tokens or max(
         limits.max_total_tokens, int(free_memory(engine.device) * MEMORY_SHARE / max(1, engine.kv_bytes))
     )
-    scheduler = Scheduler(engine, text, metrics, options.max_batch_size or MAX_ROWS, budget)
+    scheduler = Scheduler(engine, worker, text, metrics, options.max_batch_size or MAX_ROWS, budget)
     service = Service(
         text, scheduler, metrics, limits, options.max_concurrent_requests, options.validation_workers, info(options, engine, limits)
     )

@@ -8,7 +8,7 @@ The tables grow by doubling. When nobody runs they are dropped, unless passes ar
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -21,21 +21,34 @@ COLUMNS = 64  # widths are multiples of this, so that sums over a row see the sa
 class Step:
     """The forward pass that is under way.
 
-    ``count`` new tokens for each of the rows ``first``..``first + len(starts) - 1``, the row's at columns ``starts[i]``.. ;
-    ``width``: columns that attention sees. ``decode``: many rows with one token each, else one row with a piece of its prompt.
+    ``counts[i]`` new tokens for the row ``first + i``, at its columns ``starts[i]``.. ; ``width``: columns that attention sees.
+    ``decode``: a batch of the rows with one token each, else pieces of prompts, one behind the other in a batch of one row.
+    ``count``: tokens of a row of that batch; ``positions`` [B, count]: their columns.
     """
 
     first: int
     starts: List[int]
-    count: int
+    counts: List[int]
     decode: bool
     device: torch.device
 
     def __post_init__(self) -> None:
-        last = max(self.starts) + self.count
+        last = max(start + count for start, count in zip(self.starts, self.counts))
         self.width = -(-last // COLUMNS) * COLUMNS if self.decode else last
         self.columns = torch.tensor(self.starts, device=self.device)
+        self.count = 1 if self.decode else sum(self.counts)
+        self.positions = self.columns[:, None] if self.decode else self._span()
         self.rows = torch.arange(self.first, self.first + len(self.starts), device=self.device)
+
+    def _span(self) -> Tensor:
+        return torch.cat([torch.arange(start, start + count, device=self.device) for _, start, count in self.pieces()])[None]
+
+    def pieces(self) -> Iterator[Tuple[int, int, int]]:
+        """Of each row: where its new tokens begin in the batch, the column of the first, how many."""
+        at = 0
+        for start, count in zip(self.starts, self.counts):
+            yield at, start, count
+            at += count
 
 
 @dataclass
@@ -55,6 +68,10 @@ class FixedStep:
     active: int
     last: Optional[Tensor] = None
     masks: Dict[Optional[int], Tensor] = field(default_factory=dict)  # attention's, one for each sliding window
+
+    @property
+    def positions(self) -> Tensor:
+        return self.columns[:, None] + torch.arange(self.count, device=self.columns.device)
 
 
 class SlotCache(Cache):
@@ -85,7 +102,8 @@ class SlotCache(Cache):
         if step.decode:
             table[step.rows, :, step.columns] = new[:, :, 0]
         else:
-            table[step.first, :, step.starts[0] : step.starts[0] + step.count] = new[0]
+            for row, (at, start, count) in enumerate(step.pieces(), step.first):
+                table[row, :, start : start + count] = new[0, :, at : at + count]
         return table[step.first : rows, :, : step.width]
 
     @staticmethod

@@ -8,18 +8,16 @@ import logging
 from typing import Any, Callable, Dict, List, Optional, Union
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from pipeline_train import proof
-from pipeline_train.errors import RunFailed, UserError
+from pipeline_train.errors import RunFailed
 
 from . import alibi, attention, fused, packed
 from .cache import COLUMNS, FixedStep, SlotCache, Step
+from .loading import load
 from .recorded import PIECES, ROWS, WIDTHS, Recorded, Run, graphs
 
 LOG = logging.getLogger("pipedock.serve")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
 
 
@@ -31,7 +29,7 @@ class Engine:
         self, folder: str, dtype: Optional[str] = None, revision: Optional[str] = None, trust_remote_code: bool = False
     ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = _load(folder, dtype, self.device, revision, trust_remote_code)
+        self.model = load(folder, dtype, self.device, revision, trust_remote_code)
         config = self.model.config
         self.dtype = next(self.model.parameters()).dtype
         self.vocab = int(self.model.get_output_embeddings().weight.shape[0])
@@ -44,6 +42,7 @@ class Engine:
         self._keep: Union[int, Tensor] = 1  # for which positions the head computes: so many at the end, or one by its number
         self._recorded: Optional[Recorded] = None
         self._slopes = False
+        self.together = False  # several rows' prompts can be read in one pass
         self.kv_bytes = 0
         self.best: Optional[Tensor] = None
         with torch.inference_mode():
@@ -59,8 +58,18 @@ class Engine:
         if self._recorded:
             self._recorded.room(row + 1, start + len(ids))
         self._keep = len(ids) if all_logits else 1
-        step = Step(row, [start], len(ids), False, self.device)
+        step = Step(row, [start], [len(ids)], False, self.device)
         return self._forward(torch.tensor([ids], device=self.device), step)[0]
+
+    def prefill_together(self, first: int, pieces: List[List[int]], starts: List[int]) -> Tensor:
+        """``prefill`` for the rows from ``first`` on, in one pass, where ``together`` -> logits float [rows, V] behind their last:
+        a pass over a few tokens takes as long as reading all weights, and here they are read once. The same bits as alone."""
+        for row, start in enumerate(starts, first):
+            if start == 0:
+                self._cache.clean(row)
+        step = Step(first, starts, [len(ids) for ids in pieces], False, self.device)
+        self._keep = torch.tensor([at + count - 1 for at, _, count in step.pieces()], device=self.device)
+        return self._forward(torch.tensor([sum(pieces, [])], device=self.device), step)[0]
 
     def decode(self, tokens: List[int], lengths: List[int]) -> Tensor:
         """Add one token to each of the rows 0..B-1, which hold ``lengths`` tokens -> logits float [B, V]."""
@@ -68,7 +77,7 @@ class Engine:
             logits, self.best = self._recorded.decode(tokens, lengths)
             return logits
         self._keep = 1
-        step = Step(0, lengths, 1, True, self.device)
+        step = Step(0, lengths, [1] * len(lengths), True, self.device)
         return self._forward(torch.tensor(tokens, device=self.device)[:, None], step)[:, 0]
 
     @property
@@ -105,9 +114,10 @@ class Engine:
         inputs: Dict[str, Any] = {"input_ids": ids, "past_key_values": self._cache, "use_cache": True}
         if "position_ids" in self._arguments:
             # What is computed for nobody (FixedStep) may stand behind the last position that the model has a number for.
-            inputs["position_ids"] = (step.columns[:, None] + span).clamp(max=self.max_positions - 1)
+            inputs["position_ids"] = step.positions.clamp(max=self.max_positions - 1)
         if "cache_position" in self._arguments:
-            inputs["cache_position"] = step.width - step.count + span
+            several = isinstance(step, Step) and not step.decode
+            inputs["cache_position"] = step.positions[0] if several else step.width - step.count + span
         if self._slopes:
             inputs["attention_mask"] = attention.mask(step.columns, step.count, step.width, self.dtype)
         elif not self._own_attention:
@@ -137,8 +147,10 @@ class Engine:
             name = "pipedock-%d" % id(self._cache)
             attention.register(name, self._cache)
             self.model.set_attn_implementation(name)
-            if self._same() is None:
-                return
+            for together in (self.device.type == "cpu" and packed.available(), False):
+                self.together = together
+                if self._same() is None:
+                    return
             self._own_attention = False
             self.model.set_attn_implementation(usual)
         window = getattr(self.model.config, "sliding_window", None)
@@ -151,6 +163,7 @@ class Engine:
 
     def record(self, recorder: Callable[[], Callable[[Run], Run]]) -> None:
         """Run recorded passes from now on, if they compute the same; see Recorded."""
+        self.together = False  # such a pass has one row's piece
         self._recorded = Recorded(self._cache, self.device, self._fixed, self._own_attention, recorder)
         problem = self._same()
         if problem is not None:
@@ -178,7 +191,10 @@ class Engine:
         """None when prefill and two decode steps of all samples together give what a plain pass gave, else what went wrong."""
         worst, samples = 0.0, _samples(self.vocab)
         try:
-            got = [[self.prefill(row, ids[:-2], 0)[0].clone()] for row, ids in enumerate(samples)]
+            if self.together:
+                got = [[values.clone()] for values in self.prefill_together(0, [ids[:-2] for ids in samples], [0] * len(samples))]
+            else:
+                got = [[self.prefill(row, ids[:-2], 0)[0].clone()] for row, ids in enumerate(samples)]
             for back in (2, 1):
                 logits = self.decode([ids[-back] for ids in samples], [len(ids) - back for ids in samples])
                 for row, values in enumerate(logits):
@@ -192,37 +208,6 @@ class Engine:
             worst = max(worst, float((torch.stack(mine) - theirs).abs().max() / theirs.abs().max()))
         limit = TOLERANCE[self.dtype]
         return None if worst <= limit else "batched logits are %.1e away from a plain forward pass (allowed %.0e)" % (worst, limit)
-
-
-def _load(folder: str, dtype: Optional[str], device: torch.device, revision: Optional[str], trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    code = proof.foreign_code(folder)
-    if code is not None and not trust_remote_code:
-        raise UserError("%s: is code that transformers would run; read it, then remove it or give --trust-remote-code" % code)
-    config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
-    if dtype is not None:
-        chosen = DTYPES[dtype]
-    elif device.type == "cpu":
-        chosen = torch.float32
-    else:
-        stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-        chosen = stored if stored in (torch.float16, torch.bfloat16) else torch.float16
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=chosen, revision=revision, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except (SafetensorError, OSError, ValueError, RuntimeError, LookupError) as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise UserError("%s: its weights cannot be loaded: %.300s" % (folder, why)) from error
-    model, report = loaded
-    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
-    if missing:
-        raise UserError(
-            "%s: %d weights are missing, the first is %s; a model with random weights is not served"
-            % (folder, len(missing), missing[0])
-        )
-    return model.to(device).eval().requires_grad_(False)
 
 
 def _positions(config: Any) -> int:

@@ -2,15 +2,19 @@
 
 import asyncio
 import time
-from typing import List, Optional
+from typing import Dict, List, Optional, Union
 
 import torch
 from torch import Tensor
 
-from .sampling import Choice, Sampler, shortest
+from .errors import ApiError, failed
+from .sampling import Choice, Sampler, choices, likeliest, shortest
 from .shapes import PrefillToken, Token, TokenEvent
 from .text import Spelling, Text
 from .validation import Accepted
+
+# What torch raises, and what a mistake of ours would: that must not end the thread that everybody needs.
+BROKEN = (RuntimeError, MemoryError, ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class Job:
@@ -84,3 +88,24 @@ class Row:
         longest = max((len(stop) for stop in accepted.stop), default=0)
         self._tail = self._tail[-longest - 1 :]
         return None
+
+
+def choose(rows: List[Row], logits: Tensor, best: Optional[Tensor]) -> List[Union[Choice, ApiError]]:
+    """The next token of each row; ``logits`` [B, V]; ``best``: what ``likeliest`` gives for them (and more), where it is known.
+    How a row is treated depends on that row alone, and so does its failure."""
+    plain = [place for place, row in enumerate(rows) if row.sampler.plain]
+    found: Dict[int, Union[Choice, ApiError]] = {}
+    if plain:
+        these = slice(len(rows)) if len(plain) == len(rows) else plain
+        found.update(zip(plain, choices(likeliest(logits[these]) if best is None else best[:, these])))
+    for place, row in enumerate(rows):
+        if place not in found:
+            try:
+                found[place] = row.sampler.pick(logits[place])
+            except BROKEN as error:
+                found[place] = failed(words(error))
+    return [found[place] for place in range(len(rows))]
+
+
+def words(error: BaseException) -> str:
+    return "%s: %s" % (type(error).__name__, str(error).split("\n")[0])

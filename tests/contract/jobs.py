@@ -9,6 +9,7 @@ from serve.embedded.metrics import Metrics
 from serve.embedded.row import Job
 from serve.embedded.text import Text
 from serve.embedded.validation import Accepted, Sampling
+from serve.embedded.worker import Worker
 from tests.models import make_hf, tiny_config
 from tests.tokenizers import tiny_tokenizer
 
@@ -24,7 +25,8 @@ def tiny_parts(folder):
 
 
 def scheduler_of(parts, max_tokens=10000):
-    return Scheduler(*parts, Metrics(1000, 2048), max_rows=4, max_tokens=max_tokens)
+    engine, text = parts
+    return Scheduler(engine, Worker(), text, Metrics(1000, 2048), max_rows=4, max_tokens=max_tokens)
 
 
 def job(ids, count=8, stream=False, **sampling):

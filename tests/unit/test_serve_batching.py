@@ -48,6 +48,40 @@ def test_many_requests_get_what_they_get_alone(parts, scheduler):
     assert [len(one) for one in expected] == [count for _, count, _ in asked]
 
 
+def test_waiting_prompts_are_read_in_one_pass(parts, monkeypatch):
+    """Nobody reads all weights for a few tokens alone; a request that wants its prompt's logits does, and a long prompt goes on."""
+    engine, scheduler = parts[0], scheduler_of(parts)
+    asked = [[5] * 7, [6] * 9, [7] * 3, [8] * (batching.PIECE + 20)]
+    passes, crowd = (
+        [],
+        [job(ids, 4) for ids in asked[:2]] + [Job(Accepted(asked[2], 4, Sampling(), decoder_input_details=True), False)],
+    )
+    crowd.append(job(asked[3], 4))
+    several, one = engine.prefill_together, engine.prefill
+    monkeypatch.setattr(engine, "prefill_together", lambda *how: passes.append((how[0], *map(len, how[1]))) or several(*how))
+    monkeypatch.setattr(engine, "prefill", lambda *how: passes.append((how[0], len(how[1]))) or one(*how))
+
+    for waiting in crowd:  # before the scheduler runs
+        scheduler.submit(waiting)
+
+    async def work():
+        await asyncio.gather(*[ended(waiting) for waiting in crowd])
+
+    play(scheduler, work())
+    assert passes == [(0, 7, 9), (2, 3), (3, batching.PIECE), (3, 20)] and engine.together
+    alone = scheduler_of(parts)
+
+    async def single():
+        made = []
+        for ids in asked:
+            made.append(job(ids, 4))
+            alone.submit(made[-1])
+            await ended(made[-1])
+        return [tokens(done) for done in made]
+
+    assert play(alone, single()) == [tokens(done) for done in crowd]
+
+
 def test_a_cancelled_request_leaves_before_the_next_token(scheduler):
     gone, stays = job([5, 6], 2000, stream=True), job([7, 8], 40, stream=True)
 

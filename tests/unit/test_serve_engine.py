@@ -94,6 +94,39 @@ def test_logits_have_the_same_bits_in_any_company(pair):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
 
 
+@pytest.mark.skipif(not packed.available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("name", ["llama", "llama-gqa-tied"])
+def test_prompts_read_together_have_the_same_bits_as_alone(name, tmp_path):
+    """Beginnings and the rest of a prompt in one pass, beside a row that runs; the steps behind it, too."""
+    make_hf(tmp_path, CASES[name])
+    engine = Engine(str(tmp_path))
+    assert engine.together
+    asked, cut = [list(range(3, 90))] + prompts(6, seed=3), 40
+
+    def steps(first, tokens, lengths):
+        """Logits of three decode steps of the rows from ``first`` on; all rows are given."""
+        seen = []
+        for step in range(3):
+            seen.append(engine.decode(tokens, [length + step for length in lengths])[first:].clone())
+        return torch.stack(seen, 1)
+
+    alone = []
+    for ids in asked:
+        engine.clear()
+        start = cut if ids is asked[0] else 0
+        if start:
+            engine.prefill(0, ids[:start], 0)
+        logits = engine.prefill(0, ids[start:], start).clone()
+        alone.append(torch.cat([logits, steps(0, [11], [len(ids)])[0]]))
+    engine.clear()
+    engine.prefill(0, [7, 8, 9], 0)
+    engine.prefill(1, asked[0][:cut], 0)
+    pieces, starts = [asked[0][cut:]] + asked[1:], [cut] + [0] * (len(asked) - 1)
+    logits = engine.prefill_together(1, pieces, starts).clone()
+    together = torch.cat([logits[:, None], steps(1, [5] + [11] * len(asked), [3] + [len(ids) for ids in asked])], 1)
+    assert torch.equal(together, torch.stack(alone))
+
+
 def test_a_prompt_in_pieces_is_the_prompt(pair):
     engine, model = pair
     ids = prompts(1, seed=5)[0] * 3 + list(range(3, 90))
