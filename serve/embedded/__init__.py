@@ -7,7 +7,7 @@ serde, params   JSON to checked values and the plain-text errors of what is not;
 validation      the checks in their order -> Accepted
 service         permits, tokenizing beside the event loop, figures
 batching, row   the model thread: requests join and leave between tokens
-engine, cache   prefill and decode of rows, all in the thread of worker; attention and packed make the numbers independent of the batch
+engine, cache   prefill and decode of rows, in the thread of worker; attention and packed make them independent of the batch
 sampling, text  the next token and its spelling; chat templates
 native, shapes  bodies of the native routes, key order included; openai has those of /v1
 args, build     launcher flags and environment -> a running server; metrics; schemas and openapi: what /docs shows

@@ -4,14 +4,19 @@ On the CPU each row of a decode step attends to exactly its own columns, so its 
 that share a key head are taken together, so grouped keys are never copied. On a GPU it is one masked call for all rows.
 """
 
-from typing import Any, Optional, Sequence, Set, Tuple
+from contextlib import nullcontext
+from typing import Any, ContextManager, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
 
 from .cache import FixedStep, SlotCache, Step
+
+# Which of torch's kernels a recorded decode pass may take, in the order in which they are tried. None: torch chooses, the fastest.
+KERNELS: Tuple[Optional[SDPBackend], ...] = (None, SDPBackend.EFFICIENT_ATTENTION)
 
 
 def register(name: str, cache: SlotCache) -> None:
@@ -84,18 +89,24 @@ def _fixed(q: Tensor, k: Tensor, v: Tensor, step: FixedStep, scale: Optional[flo
         q = q[: step.active].reshape(step.active, k.shape[1], groups, size)  # no key is copied for the heads that share it
     elif groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    out = sdpa(q, k, v, attn_mask=step.masks[window], scale=scale)
+    with only(step.kernel if step.decode else None):
+        out = sdpa(q, k, v, attn_mask=step.masks[window], scale=scale)
     if not step.decode:
         return out.transpose(1, 2)
     out = out.reshape(step.active, 1, heads, v.shape[3])
     return out if rows == step.active else torch.cat([out, given[step.active :].transpose(1, 2)[..., : v.shape[3]]])
 
 
+def only(kernel: Optional[SDPBackend]) -> ContextManager[None]:
+    """sdpa takes this kernel; RuntimeError where it cannot."""
+    return nullcontext() if kernel is None else sdpa_kernel(kernel)
+
+
 def alike(
     heads: int, kv_heads: int, size: int, value_size: int, dtype: torch.dtype, device: torch.device,
-    rows: Sequence[int], widths: Sequence[int],
+    rows: Sequence[int], widths: Sequence[int], kernel: Optional[SDPBackend],
 ) -> Set[Tuple[int, int]]:  # fmt: skip
-    """(rows, width) of those decode passes that give a row the same bits as the largest of all.
+    """(rows, width) of those decode passes that give a row the same bits as the largest of all. RuntimeError: not this kernel.
 
     How large a pass is others decide, and libraries choose a kernel by that: cuDNN's attention, with a hundred columns, another one
     than with five hundred. Tried on random numbers, on the device itself.
@@ -109,7 +120,8 @@ def alike(
 
     def some(count: int, width: int) -> Tensor:
         additive = mask(columns[:count], 1, width, dtype)
-        return sdpa(q[:count], k[:count, :, :width], v[:count, :, :width], attn_mask=additive)
+        with only(kernel):
+            return sdpa(q[:count], k[:count, :, :width], v[:count, :, :width], attn_mask=additive)
 
     wanted = some(most, widest)
     same = {(n, width) for n in rows for width in widths if torch.equal(some(n, width), wanted[:n])}

@@ -12,6 +12,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from transformers.cache_utils import Cache
 
 COLUMNS = 64  # widths are multiples of this, so that sums over a row see the same grouping in any company
@@ -67,6 +68,7 @@ class FixedStep:
     width: int
     active: int
     last: Optional[Tensor] = None
+    kernel: Optional[SDPBackend] = None  # attention's in a decode pass, where torch is not to choose
     masks: Dict[Optional[int], Tensor] = field(default_factory=dict)  # attention's, one for each sliding window
 
     @property

@@ -5,10 +5,11 @@ Before it serves, every model shows that this gives the logits of a plain forwar
 
 import inspect
 import logging
-from typing import Any, Callable, Dict, List, Optional, Union
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from pipeline_train.errors import RunFailed
 
@@ -170,19 +171,34 @@ class Engine:
             self._recorded = None
             LOG.warning("%s is served without CUDA graphs, slower: %s", self.model.config.model_type, problem)
         elif self._own_attention:
-            self._try_alike(self._recorded)
-            if not self._recorded.independent:
-                LOG.warning(
-                    "this device's attention depends on how many requests there are: it may decide between almost equal tokens"
-                )
+            self._settle_sizes(self._recorded)
 
-    def _try_alike(self, recorded: Recorded) -> None:
-        """Leave out the sizes of a pass that give a row other bits than the largest does."""
+    def _settle_sizes(self, recorded: Recorded) -> None:
+        """Leave out the sizes of a pass that give a row other bits than the largest does; where too few are left, take a slower
+        kernel whose bits do not depend on the size."""
+        usual = None
+        for kernel in attention.KERNELS:
+            found = self._alike(kernel)
+            if found is None:
+                break
+            recorded.alike, recorded.kernel = found, kernel
+            if recorded.independent and (kernel is None or self._same() is None):
+                return
+            usual = usual or found
+        if usual is not None:
+            recorded.alike, recorded.kernel = usual, None
+            LOG.warning("this device's attention depends on how many requests there are: it may decide between almost equal tokens")
+
+    def _alike(self, kernel: Optional[SDPBackend]) -> Optional[Set[Tuple[int, int]]]:
+        """None where it cannot be tried."""
         try:
             heads = self.model.config.get_text_config().num_attention_heads
-            recorded.alike = attention.alike(heads, *self._heads, self.dtype, self.device, ROWS, WIDTHS)
+            return attention.alike(heads, *self._heads, self.dtype, self.device, ROWS, WIDTHS, kernel)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # out of memory, say
-            LOG.warning("whether a row's attention is the same in any company could not be tried: %s", str(error).split("\n")[0])
+            if kernel is None:
+                why = str(error).split("\n")[0]
+                LOG.warning("whether a row's attention is the same in any company could not be tried: %s", why)
+            return None
 
     def _kept(self, hidden: Tensor) -> Tensor:
         return hidden[:, -self._keep :] if isinstance(self._keep, int) else hidden.index_select(1, self._keep)

@@ -12,10 +12,11 @@ prefill  a piece of a prompt, padded to one of ``PIECES``; what the padding writ
 Rows that are not in use write their key into the table's last column, which nobody reads.
 """
 
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from .cache import COLUMNS, FixedStep, SlotCache
 from .sampling import likeliest
@@ -40,6 +41,7 @@ class Recorded:
         self._cache, self._device, self._forward = cache, device, forward
         self._least, self._recorder, self._record = LEAST if wide else 1, recorder, recorder()
         self.alike = {(rows, width) for rows in ROWS for width in WIDTHS}  # rows and columns that a decode pass may have
+        self.kernel: Optional[SDPBackend] = None  # attention's in a decode pass
         self._logits: Dict[int, Tensor] = {}  # for each B one place that all passes of B rows write to
         self._runs: Dict[Tuple[int, ...], Tuple[Tensor, Run, Run]] = {}
 
@@ -113,7 +115,7 @@ class Recorded:
         active, width = key
         tokens, columns = numbers.chunk(2)
         rows = torch.arange(active, device=self._device)
-        return lambda: self._forward(tokens[:, None], FixedStep(rows, columns, 1, True, width, active))
+        return lambda: self._forward(tokens[:, None], FixedStep(rows, columns, 1, True, width, active, None, self.kernel))
 
     def _prefill_pass(self, numbers: Tensor, key: Tuple[int, ...]) -> Run:
         _, width, count = key

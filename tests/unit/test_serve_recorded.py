@@ -144,6 +144,34 @@ def test_what_would_cost_too_much_is_not_done_but_said(tmp_path, monkeypatch, ca
     assert engine._cache.size == (1, 192)
 
 
+def test_a_kernel_whose_bits_depend_on_the_size_gives_way_to_one_whose_do_not(tmp_path, monkeypatch, caplog):
+    """As planted for a GPU: cuDNN's by size; torch's memory-efficient one, which a CPU does not have, always alike."""
+    planted(monkeypatch, wide=1024, many=64)
+    by_size, seen = attention.sdpa, []
+
+    def by_kernel(q, k, v, attn_mask=None, **how):
+        chosen = not torch.backends.cuda.flash_sdp_enabled()
+        seen.append(chosen)
+        if not chosen:
+            return by_size(q, k, v, attn_mask=attn_mask, **how)
+        assert torch.backends.cuda.mem_efficient_sdp_enabled() and not torch.backends.cuda.math_sdp_enabled()
+        scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + attn_mask).double()
+        return (scores.softmax(-1) @ v.double()).to(q.dtype)
+
+    monkeypatch.setattr(attention, "sdpa", by_kernel)
+    engine, model = made(tmp_path, tiny_config("llama", max_position_embeddings=2048))
+    assert engine._recorded.kernel == torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION and engine._recorded.independent
+    assert "depends on how many" not in caplog.text
+    del seen[:]
+    engine.prefill(0, [5] * 50, 0)
+    assert not any(seen)
+    alone = engine.decode([7], [50])[0].clone()
+    assert all(seen[-2:])
+    for neighbours in ([300], [60] * 70):
+        engine.prefill(0, [5] * 50, 0)
+        assert torch.equal(engine.decode([7] + [8] * len(neighbours), [50] + neighbours)[0], alone)
+
+
 def test_a_device_that_never_gives_the_same_bits_is_served(tmp_path, monkeypatch, caplog):
     plain = attention.sdpa
     monkeypatch.setattr(attention, "sdpa", lambda q, k, v, **how: plain(q, k, v, **how) + torch.rand(1) * 1e-6)
