@@ -79,7 +79,7 @@ def _from_config(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
         "gpus": loaded.world, "parts": parallel.parts, "seq_len": seq_len, "micro": loaded.batch.micro, "data": parallel.data,
         "micro_batches": loaded.micro_batches, "dtype": None if loaded.model.dtype == "auto" else loaded.model.dtype,
         "optim": loaded.optim.type, "recompute": parallel.recompute, "offload": parallel.offload,
-        "compile": loaded.run.compile,
+        "compile": loaded.run.compile, "from_file": True,
     }  # fmt: skip
 
 

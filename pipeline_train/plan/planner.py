@@ -12,11 +12,15 @@ from .speed import speed
 from .split import NoSplit, bounds, parts_of
 
 Model = Union[Dims, Dict[str, Any], str]
+KEYS = {
+    "micro": "batch.micro", "data": "parallel.data", "dtype": "model.dtype", "recompute": "parallel.recompute",
+    "offload": "parallel.offload", "compile": "run.compile",
+}  # fmt: skip
 
 
 class Wish(NamedTuple):
     """What the user fixed: a Setup without what follows from the card and the number of GPUs. ``dtype`` None: bf16 where the
-    card has it. ``micro_batches`` None: max(8, stages)."""
+    card has it. ``micro_batches`` None: max(8, stages). ``from_file``: run.yaml said it, so messages name its keys."""
 
     seq_len: int = 2048
     micro: int = 1
@@ -27,6 +31,11 @@ class Wish(NamedTuple):
     recompute: str = "none"
     offload: bool = False
     compile: bool = False
+    from_file: bool = False
+
+    def named(self, option: str) -> str:
+        """What the user would change for that field."""
+        return KEYS[option] if self.from_file else "--" + option
 
     def setup(self, pipe: int, gpu: str) -> Setup:
         dtype = self.dtype or ("bf16" if cards.GPUS[gpu].bf16 else "fp16")
@@ -106,10 +115,17 @@ def too_big(sizes: Sizes, wished: Wish, gpu: str) -> str:
 
 def _changes(wished: Wish) -> List[Tuple[str, Wish]]:
     """What could be asked for instead, the cheapest first."""
-    found = [("--recompute blocks", wished._replace(recompute="blocks"))] if wished.recompute != "blocks" else []
-    found += [("--micro 1", wished._replace(micro=1))] if wished.micro > 1 else []
-    found += [("--data %d" % data, wished._replace(data=data)) for data in (2, 4, 8) if data > wished.data]
-    return found + ([("--offload", wished._replace(offload=True))] if not wished.offload else [])
+    found: List[Tuple[str, Any]] = [("recompute", "blocks")] if wished.recompute != "blocks" else []
+    found += [("micro", 1)] if wished.micro > 1 else []
+    found += [("data", data) for data in (2, 4, 8) if data > wished.data]
+    found += [("offload", True)] if not wished.offload else []
+    return [(_words(wished, option, value), wished._replace(**{option: value})) for option, value in found]
+
+
+def _words(wished: Wish, option: str, value: Any) -> str:
+    if wished.from_file:
+        return "%s: %s" % (wished.named(option), "true" if value is True else value)
+    return wished.named(option) if value is True else "%s %s" % (wished.named(option), value)
 
 
 def _describe(
@@ -190,9 +206,14 @@ def _check(wished: Wish, gpu: str, gpus: Optional[int], dims: Dims, mfu: Optiona
         )
         raise UserError(text % (gpus // wished.data, dims.layers, dims.blocks, dims.layers * wished.data))
     if wished.recompute == "selective" and cards.stack_of(gpu) == "pinned":
-        raise UserError("--recompute: selective needs torch 2.4, and %s runs with the pinned stack's 1.13; use blocks" % gpu)
+        raise UserError("%s: selective needs torch 2.4, and %s runs with the pinned stack's 1.13; use blocks" % (
+            wished.named("recompute"), gpu))  # fmt: skip
+    if wished.compile and cards.stack_of(gpu) == "pinned":
+        raise UserError(
+            "%s: needs torch 2.6, and %s runs with the pinned stack's 1.13; leave it out" % (wished.named("compile"), gpu)
+        )
     if wished.dtype == "bf16" and not cards.GPUS[gpu].bf16:
-        raise UserError("--dtype: %s has no bf16; use fp16" % gpu)
+        raise UserError("%s: %s has no bf16; use fp16" % (wished.named("dtype"), gpu))
     if dims.max_positions is not None and wished.seq_len > dims.max_positions:
         raise UserError("--seq-len: %d is over the model's %d positions (config.json, max_position_embeddings). Use at most %d."
                         % (wished.seq_len, dims.max_positions, dims.max_positions))  # fmt: skip

@@ -179,6 +179,10 @@ def test_the_largest_state_falls_with_stages(dims, optim, pipe):
     ({"gpus": 2, "parts": [10, 12]}, "parallel.parts: .* does not split 34 layers"),
     ({"gpu": "t4", "recompute": "selective"}, "--recompute: selective needs torch 2.4, and t4 runs with the pinned stack's"),
     ({"gpu": "t4", "dtype": "bf16"}, "--dtype: t4 has no bf16; use fp16"),
+    ({"gpu": "v100-16g", "compile": True}, "--compile: needs torch 2.6, and v100-16g runs with the pinned stack's 1.13; leave it out"),
+    ({"gpu": "t4", "recompute": "selective", "from_file": True}, "^parallel.recompute: selective needs torch 2.4"),
+    ({"gpu": "t4", "dtype": "bf16", "from_file": True}, "^model.dtype: t4 has no bf16; use fp16"),
+    ({"gpu": "t4", "compile": True, "from_file": True}, "^run.compile: needs torch 2.6"),
     ({"seq_len": 4096}, "--seq-len: 4096 is over the model's 2048 positions"),
     ({"micro": 0}, "--micro: must be 1 or more, got 0"),
     ({"mfu": 1.5}, "--mfu: must be above 0 and at most 1"),
@@ -195,6 +199,8 @@ def test_a_layer_that_fits_nowhere_says_why_and_what_would_help():
     text = str(caught.value)
     assert "no number of these GPUs holds this model: even one layer per GPU, the embedding alone needs" in text
     assert "a a100-80g has 75.6" in text and "With --data 2" in text
+    with pytest.raises(UserError, match=r"With parallel.data: 2 .*or parallel.offload: true it fits$"):
+        plan(wide, gpu="a100-80g", recompute="blocks", from_file=True)
     assert plan(wide, gpu="a100-80g", recompute="blocks", data=2)["fits"]
     found = plan(wide, gpu="a100-80g", recompute="blocks", gpus=72)  # asked for, so shown
     assert not found["fits"] and found["min_gpus"] is None and any("no number of these GPUs" in note for note in found["notes"])
@@ -278,6 +284,7 @@ def test_the_verb_reads_run_yaml_and_splits_as_train_does(model, tmp_path):
     (["--config", "RUN", "--gpus", "4"], "--gpus: run.yaml says it; change it there, or with --set"),
     (["--config", "RUN", "--seq-len", "4"], "--seq-len: run.yaml says it"),
     (["--config", "RUN", "--set", "parallel.pipe=99"], "parallel.pipe: 99 stages, but the model has only 82 layers"),
+    (["--config", "RUN", "--gpu", "t4", "--set", "run.compile=true"], "run.compile: needs torch 2.6, and t4 runs with the pinned"),
     ([], "one of the arguments --config --model is required"),
 ])  # fmt: skip
 def test_the_verb_refuses_in_one_line(model, tmp_path, arguments, message):
