@@ -11,6 +11,7 @@ from typing import Callable, Iterator, List
 from pipeline_train.errors import RunFailed, UserError
 
 from . import state
+from .embedded.parent import PARENT
 from .reach import healthy, tail, url_of
 from .settings import Settings
 from .state import DRAIN_S, Running
@@ -70,6 +71,9 @@ def start(settings: Settings, progress: Callable[[str], None], timeout: float, o
     command += ["--hostname", settings.host, *flags_of(settings), "--proof-checked"]
     environment = {**os.environ, "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1"}
     environment.pop("API_KEY", None)
+    environment.pop(PARENT, None)
+    if not own_session:
+        environment[PARENT] = str(os.getpid())
     if settings.api_key:
         environment["API_KEY"] = settings.api_key  # not on the command line, which everybody can read
     with open(log, "wb") as out:

@@ -62,7 +62,7 @@ def launch(
     """Check the folder, start, wait for health. ``more``: the other fields of Settings (port, host, api_key, version, shards ...).
 
     ``progress`` is told what goes on, about once a second, ``warn`` what the user should read; ``own_session``: the server survives
-    the caller's terminal (a container always does). UserError or RunFailed."""
+    this process and its terminal (a container always does). UserError or RunFailed."""
     return start(Settings(model, engine, **more), progress, warn, timeout, own_session)
 
 

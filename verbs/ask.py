@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
         raise UserError("%s: %s" % (args.url, _hint(error, args.chat)))
     except Unreachable as error:
         why = str(error).replace(args.url + ": ", "")
-        raise RunFailed("%s: no server there (%s); start one with pipedock serve --model DIR" % (args.url, why))
+        raise UserError("%s: no server there (%s); start one with pipedock serve --model DIR" % (args.url, why))
     except ClientError as error:
         raise RunFailed("%s: %s" % (args.url, str(error).replace(args.url + ": ", "")))
 

@@ -17,6 +17,7 @@ from pipeline_train.errors import RunFailed, UserError
 from ..proved import check_proof
 from . import args
 from .args import Options
+from .parent import end_with_parent
 from .worker import NAME
 
 LOG = logging.getLogger("pipedock.serve")
@@ -26,6 +27,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         options = args.read(sys.argv[1:] if argv is None else argv)
         _log_to_stderr(options.json_output)
+        end_with_parent()
         serve(options)
         return 0
     except UserError as error:

@@ -103,7 +103,7 @@ def test_in_the_foreground_a_signal_ends_it_after_the_running_request(pipedock, 
 @pytest.mark.parametrize(
     "argv, code, text",
     [
-        (["Hello"], 1, "no server there (Connection refused); start one with pipedock serve"),
+        (["Hello"], 2, "no server there (Connection refused); start one with pipedock serve"),
         ([], 2, "give a prompt, or --chat for a conversation"),
         (["Hello", "--system", "x"], 2, "--system goes with --chat"),
         (["--chat", "--json"], 2, "a conversation has no JSON document"),
@@ -171,6 +171,25 @@ def test_a_second_interrupt_ends_the_server_at_once(pipedock, tmp_path):
         process.kill()
     said = process.stderr.read() + Path(document["log"]).read_text()
     assert not Path("/proc/%d" % document["pid"]).exists() and "was cut" in said and "Traceback" not in said, said
+
+
+def test_a_killed_command_takes_its_server_with_it(pipedock, model):
+    """In the foreground; SIGKILL leaves the command no time to stop it. Running requests are finished."""
+    port = free_port()
+    process = pipedock("serve", "--model", model.path, "--port", str(port), "--json", background=True)
+    try:
+        document = json.loads(process.stdout.readline())
+        with Client(document["url"], timeout=60) as client:
+            stream = client.generate_stream(model.endless, max_new_tokens=300)
+            next(stream)
+            process.kill()
+            assert list(stream)[-1].generated_text == model.text(model.endless, 300)
+        deadline = time.monotonic() + 30
+        while Path("/proc/%d" % document["pid"]).exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        process.kill()
+    assert not Path("/proc/%d" % document["pid"]).exists() and "Stopped" in Path(document["log"]).read_text()
 
 
 def test_a_server_that_is_stopping_is_waited_for(pipedock, tmp_path):
