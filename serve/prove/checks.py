@@ -173,7 +173,8 @@ def ends(codec: TextCodec, answers: Sequence[Answer]) -> Check:
         check.failures.append("%s: the answer %s" % (answer.where, what))
     check.figures = {
         "asked": len(answers),
-        "why": "no answer of %d came to an end; ask more records" % len(answers),
+        "why": "no answer of %d came to an end; ask for longer ones (--new-tokens), or with more of the run's records "
+        "(--train-config, --records)" % len(answers),
         "stop_tokens": codec.tokenizer.convert_ids_to_tokens(codec.stop_ids),
     }
     return check

@@ -190,6 +190,13 @@ def test_an_answer_that_ends_with_what_ends_nothing(own):
         prove(fake.url, own.model, own.config, Options(weights=False))
 
 
+def test_answers_too_short_to_end_prove_no_end_and_what_helps_is_said(own):
+    with Tgi08(own.model) as fake:
+        found = by_name(prove(fake.url, own.model, own.config, Options(weights=False, new_tokens=2)))["end of sequence"]
+    assert found["holds"] is None and found["compared"] == 0
+    assert "came to an end; ask for longer ones (--new-tokens), or with more of the run's records (--train-config" in found["why"]
+
+
 def test_likely_tokens_differ_by_no_more_than_the_bounds(own):
     """A tie is as good as the likeliest; many small differences are not one larger one."""
     scores = Scores([math.nan, -1.0, -2.0, -0.7], [-1, 7, 8, 9, 5], [math.nan, -1.0, -2.0, -0.69, -0.5])
