@@ -12,7 +12,7 @@ if sys.version_info < (3, 10):
 from pipedock import main  # noqa: E402
 from pipeline_train import host  # noqa: E402
 from pipeline_train.errors import RunFailed, UserError  # noqa: E402
-from serve.prove import Options, numbers, prompts, prove  # noqa: E402
+from serve.prove import Options, checks, numbers, prompts, prove  # noqa: E402
 from serve.prove.checks import Answer  # noqa: E402
 from serve.prove.reference import Bounds, Reference, Scores, served_dtype  # noqa: E402
 from serve.prove.servers import Seen  # noqa: E402
@@ -191,10 +191,11 @@ def test_an_answer_that_ends_with_what_ends_nothing(own):
 
 
 def test_answers_too_short_to_end_prove_no_end_and_what_helps_is_said(own):
-    with Tgi08(own.model) as fake:
-        found = by_name(prove(fake.url, own.model, own.config, Options(weights=False, new_tokens=2)))["end of sequence"]
-    assert found["holds"] is None and found["compared"] == 0
-    assert "came to an end; ask for longer ones (--new-tokens), or with more of the run's records (--train-config" in found["why"]
+    short = Answer("here", "here", [3, 7, 8], Seen([], [(6, -0.71)], "length"), 1)
+    check = checks.ends(own.codec, [short])
+    assert (check.compared, check.failures) == (0, [])
+    helps = "ask for longer ones (--new-tokens), or with more of the run's records (--train-config, --records)"
+    assert check.figures["why"] == "no answer of 1 came to an end; " + helps
 
 
 def test_likely_tokens_differ_by_no_more_than_the_bounds(own):
