@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers.models.bloom.modeling_bloom import BloomGelu  # noqa: E402
 
 from pipeline_train.errors import RunFailed, UserError  # noqa: E402
 from serve.embedded import packed  # noqa: E402
@@ -23,6 +24,7 @@ CASES = {
         "llama", **WIDE, intermediate_size=96, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=512
     ),
     "bloom": tiny_config("bloom", hidden_size=64, n_head=4),
+    "gpt2": {"model_type": "gpt2", "vocab_size": 131, "n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4},
     "bloom-6-heads": tiny_config("bloom", hidden_size=96, n_head=6, tie_word_embeddings=False),
 }
 
@@ -48,6 +50,14 @@ def pair(request, tmp_path_factory):
             engine.record(lambda: as_a_graph)
         assert engine.graphs
     return engine, model
+
+
+@pytest.fixture
+def several_threads():
+    usual = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(usual)
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +105,7 @@ def test_logits_have_the_same_bits_in_any_company(pair):
 
 
 @pytest.mark.skipif(not packed.available(), reason="this torch has no oneDNN")
-@pytest.mark.parametrize("name", ["llama", "llama-gqa-tied"])
+@pytest.mark.parametrize("name", ["llama", "llama-gqa-tied", "gpt2"])
 def test_prompts_read_together_have_the_same_bits_as_alone(name, tmp_path):
     """Beginnings and the rest of a prompt in one pass, beside a row that runs; the steps behind it, too."""
     make_hf(tmp_path, CASES[name])
@@ -127,6 +137,30 @@ def test_prompts_read_together_have_the_same_bits_as_alone(name, tmp_path):
     assert torch.equal(together, torch.stack(alone))
 
 
+@pytest.mark.skipif(not packed.available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("name, threads, lengths", [("llama", 2, (251, 203, 251)), ("gpt2", 3, (251, 203, 250))])
+def test_the_shares_of_several_threads_change_no_bit(name, threads, lengths, tmp_path, several_threads):
+    """Together they are so many that torch shares activation functions out, and where a share ends vector code does."""
+    torch.set_num_threads(threads)
+    make_hf(tmp_path, CASES[name])
+    engine = Engine(str(tmp_path))
+    pieces = [[3 + place * place % 120 for place in range(length)] for length in lengths]
+    alone = []
+    for ids in pieces:
+        engine.clear()
+        alone.append(engine.prefill(0, ids, 0)[0].clone())
+    engine.clear()
+    assert torch.equal(engine.prefill_together(0, pieces, [0, 0, 0]), torch.stack(alone))
+
+
+@pytest.mark.parametrize("function", [torch.nn.SiLU(), BloomGelu().eval()])
+def test_a_function_of_one_thread_depends_on_no_other_row(function, several_threads):
+    layer, x = packed.OneThread(function), torch.randn(900, 96)
+    whole = layer(x)
+    assert torch.allclose(whole, function(x), atol=1e-6) and layer(x[None]).shape == (1, 900, 96)
+    assert all(torch.equal(layer(x[:rows]), whole[:rows]) for rows in range(330, 900, 19))
+
+
 def test_a_prompt_in_pieces_is_the_prompt(pair):
     engine, model = pair
     ids = prompts(1, seed=5)[0] * 3 + list(range(3, 90))
@@ -152,7 +186,7 @@ def test_moved_rows_go_on(pair):
 
 def test_own_attention_where_the_model_lets_us(pair):
     engine, model = pair
-    assert engine.attention == ("our own" if model.config.model_type == "llama" else "the model's own")
+    assert engine.attention == ("the model's own" if model.config.model_type == "bloom" else "our own")
     assert engine.kv_bytes > 0
 
 
@@ -175,7 +209,7 @@ def test_a_prompt_that_is_read_while_others_decode(pair):
 def test_packed_linear_rows_do_not_depend_on_their_number(size, bias):
     out, inner = size
     linear = torch.nn.Linear(inner, out, bias=bias)
-    layer, x = packed.PackedLinear(linear), torch.randn(33, inner)
+    layer, x = packed.PackedLinear(linear.weight, linear.bias), torch.randn(33, inner)
     whole = layer(x)
     assert torch.allclose(whole, linear(x), atol=1e-4)
     for rows in (1, 2, 3, 7, 16, 32):
