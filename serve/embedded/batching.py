@@ -197,7 +197,8 @@ class Scheduler:
         last_running = len(self._rows) - (2 if self._joining else 1)
         for source in [last_running] + ([last_running + 1] if self._joining else []):
             if source > hole:
-                self._engine.move(source, hole)
+                if self._rows[source].length:  # else nothing of it has been read, and the table may have no such row yet
+                    self._engine.move(source, hole)
                 self._rows[hole] = self._rows[source]
                 hole = source
         self._rows.pop()

@@ -82,6 +82,22 @@ def test_waiting_prompts_are_read_in_one_pass(parts, monkeypatch):
     assert play(alone, single()) == [tokens(done) for done in crowd]
 
 
+def test_a_prompt_that_ends_with_its_first_token_leaves_before_one_that_waits_to_be_read(parts):
+    """The waiting one, which is read alone, has its row but nothing in it."""
+    engine, scheduler = parts[0], scheduler_of(parts)
+    engine.clear()
+    short, other = job([5] * 3, 1), job([6] * 4, 3)
+    waits = Job(Accepted([7] * 5, 3, Sampling(), decoder_input_details=True), False)
+    for one in (short, other, waits):
+        scheduler.submit(one)
+
+    async def work():
+        return [(await ended(one))[-1] for one in (short, other, waits)]
+
+    assert [event.finish_reason for event in play(scheduler, work())] == ["length"] * 3
+    assert [len(one.tokens) for one in (short, other, waits)] == [1, 3, 3]
+
+
 def test_a_cancelled_request_leaves_before_the_next_token(scheduler):
     gone, stays = job([5, 6], 2000, stream=True), job([7, 8], 40, stream=True)
 
