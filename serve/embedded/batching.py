@@ -2,8 +2,8 @@
 
     submitted -> waiting (in order) -> joining (its prompt is read, piece by piece) -> running (one token per step) -> gone
 
-Each turn reads at most ``TURN`` prompt tokens and then decodes one token for everyone who runs, so a long prompt slows the others
-down but never stops them. Prompts are read alone and in pieces of a fixed size: the same numbers whoever else is there.
+Each turn reads some ``TURN`` prompt tokens and then decodes one token for everyone who runs, so a long prompt slows the others
+down but never stops them. Prompts are read in pieces of a fixed size, several in one pass only where that changes no bit.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from .text import Text
 from .worker import Worker
 
 PIECE = 256  # prompt tokens per forward pass
-TURN = 256  # prompt tokens between two decode steps
+TURN = 256  # prompt tokens between two decode steps; the last piece may go beyond
 
 Event = Union[TokenEvent, ApiError]
 
@@ -153,8 +153,13 @@ class Scheduler:
         longest = max([self._waiting[0].accepted.total] + [row.job.accepted.total for row in self._rows])
         if self._rows and (len(self._rows) + 1) * longest > self._max_tokens:
             return False
-        self._joining = Row(self._waiting.popleft(), self._text)
-        self._joining.job.started = time.perf_counter()
+        job = self._waiting.popleft()
+        try:
+            self._joining = Row(job, self._text)
+        except BROKEN as error:  # its own failure, nobody else's
+            self._out.append((job, failed(words(error))))
+            return self._admit()
+        job.started = time.perf_counter()
         self._rows.append(self._joining)
         return True
 

@@ -1,4 +1,4 @@
-"""A causal language model of transformers, run by rows: prefill one row's prompt piece by piece, decode one token for all rows.
+"""A causal language model of transformers, run by rows: prefill prompts piece by piece, decode one token for all rows.
 
 Before it serves, every model shows that this gives the logits of a plain forward pass (``_settle``).
 """
@@ -42,7 +42,7 @@ class Engine:
         self._own_attention = bool(getattr(self.model, "_supports_attention_backend", False))
         self._keep: Union[int, Tensor] = 1  # for which positions the head computes: so many at the end, or one by its number
         self._recorded: Optional[Recorded] = None
-        self._slopes = False
+        self._slopes = self._packed = False
         self.together = False  # several rows' prompts can be read in one pass
         self.kv_bytes = 0
         self.best: Optional[Tensor] = None
@@ -132,8 +132,10 @@ class Engine:
             self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, -3:].float()
             for ids in _samples(self.vocab)
         ]
-        if self.device.type == "cpu" and packed.available():
-            packed.pack(self.model)
+        if self.device.type == "cpu":
+            self._packed = packed.available() and packed.pack(self.model)
+            if not self._packed:
+                LOG.warning("%s on this CPU: the last bits depend on how many requests there are", self.dtype)
         self.model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (self._kept(args[0]),) + args[1:])
         self._slopes = alibi.keep_slopes(self.model)
         if self.device.type == "cuda":
@@ -148,7 +150,7 @@ class Engine:
             name = "pipedock-%d" % id(self._cache)
             attention.register(name, self._cache)
             self.model.set_attn_implementation(name)
-            for together in (self.device.type == "cpu" and packed.available(), False):
+            for together in (True, False) if self._packed else (False,):
                 self.together = together
                 if self._same() is None:
                     return
@@ -227,6 +229,10 @@ class Engine:
 
 
 def _positions(config: Any) -> int:
+    scaling = getattr(config, "rope_scaling", None) or {}
+    if scaling.get("rope_type", scaling.get("type")) == "longrope":
+        # Beyond this, transformers turns all rows of a pass otherwise as soon as one of them is there.
+        return int(getattr(config, "original_max_position_embeddings", 0) or scaling["original_max_position_embeddings"])
     for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
         if getattr(config, key, None):
             return int(getattr(config, key))

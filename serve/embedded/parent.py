@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 
-PARENT = "PIPEDOCK_PARENT"  # process id of that command
+PARENT = "PIPEDOCK_SERVE_PARENT"  # process id of that command
 
 
 def end_with_parent() -> None:

@@ -98,6 +98,29 @@ def test_a_prompt_that_ends_with_its_first_token_leaves_before_one_that_waits_to
     assert [len(one.tokens) for one in (short, other, waits)] == [1, 3, 3]
 
 
+def test_a_request_that_cannot_begin_fails_alone(parts, monkeypatch):
+    scheduler, row = scheduler_of(parts), batching.Row
+    asked = [job([number] * 3, 2) for number in (5, 6, 7, 6)]
+
+    def begins(one, text):
+        if one.accepted.ids[0] == 6:
+            raise MemoryError("no room")
+        return row(one, text)
+
+    monkeypatch.setattr(batching, "Row", begins)
+    for one in asked:
+        scheduler.submit(one)
+
+    async def work():
+        return [(await ended(one))[-1] for one in asked]
+
+    last = play(scheduler, work())
+    assert [len(one.tokens) for one in asked] == [2, 0, 2, 0]
+    assert [event.body()["error"] for event in last[1::2]] == [
+        "Request failed during generation: Server error: MemoryError: no room"
+    ] * 2
+
+
 def test_a_cancelled_request_leaves_before_the_next_token(scheduler):
     gone, stays = job([5, 6], 2000, stream=True), job([7, 8], 40, stream=True)
 

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers.activations import GELUTanh  # noqa: E402
 from transformers.models.bloom.modeling_bloom import BloomGelu  # noqa: E402
 
 from pipeline_train.errors import RunFailed, UserError  # noqa: E402
@@ -153,12 +154,14 @@ def test_the_shares_of_several_threads_change_no_bit(name, threads, lengths, tmp
     assert torch.equal(engine.prefill_together(0, pieces, [0, 0, 0]), torch.stack(alone))
 
 
-@pytest.mark.parametrize("function", [torch.nn.SiLU(), BloomGelu().eval()])
+@pytest.mark.parametrize("function", [torch.nn.SiLU(), BloomGelu().eval(), GELUTanh()])
 def test_a_function_of_one_thread_depends_on_no_other_row(function, several_threads):
-    layer, x = packed.OneThread(function), torch.randn(900, 96)
-    whole = layer(x)
-    assert torch.allclose(whole, function(x), atol=1e-6) and layer(x[None]).shape == (1, 900, 96)
-    assert all(torch.equal(layer(x[:rows]), whole[:rows]) for rows in range(330, 900, 19))
+    layer = packed.OneThread(function)
+    for size, counts in (((900, 96), range(330, 900, 19)), ((60, 1408), range(1, 60))):
+        x = torch.randn(*size)
+        whole = layer(x)
+        assert torch.allclose(whole, function(x), atol=1e-6) and layer(x[None]).shape == (1, *size)
+        assert all(torch.equal(layer(x[:rows]), whole[:rows]) for rows in counts)
 
 
 def test_a_prompt_in_pieces_is_the_prompt(pair):
@@ -234,6 +237,25 @@ def test_a_sliding_window_is_kept(tmp_path):
     engine = Engine(str(tmp_path))
     ids = list(range(3, 40))
     assert greedy_alone(engine, ids, 6)[0] == greedy.of_model(model, ids, 6)
+
+
+def test_where_products_depend_on_their_rows_it_is_said_and_prompts_are_read_alone(tmp_path, caplog):
+    make_hf(tmp_path, CASES["llama"])
+    engine = Engine(str(tmp_path), "float16")
+    assert not engine.together and "torch.float16 on this CPU: the last bits depend on how many requests there are" in caplog.text
+    assert engine.attention == "our own"
+
+
+def test_a_rotation_that_the_longest_row_would_change_for_all_is_not_reached(tmp_path):
+    """longrope: transformers takes its long factors for a whole pass once one row is beyond the original positions."""
+    factors = [1.0 + place / 8 for place in range(8)]
+    scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": factors}
+    make_hf(tmp_path, {
+        "model_type": "phi3", "vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "pad_token_id": 0, "max_position_embeddings": 256, "original_max_position_embeddings": 64,
+        "rope_scaling": scaling,
+    })  # fmt: skip
+    assert Engine(str(tmp_path)).max_positions == 64
 
 
 def test_missing_weights_are_not_made_up(tmp_path):

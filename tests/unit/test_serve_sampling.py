@@ -86,6 +86,20 @@ def test_frequency_penalty_takes_each_tokens_share_of_the_text():
     assert [top[one] for one in range(6)] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("vocab", [50257, 50280, 250880])
+def test_a_lone_row_has_the_bits_that_it_has_among_others(vocab):
+    usual = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for seed in range(4):
+            rows = 3 * torch.randn(5, vocab, generator=torch.Generator().manual_seed(seed))
+            assert torch.equal(likeliest(rows[:1]), likeliest(rows)[:, :1]) and torch.equal(
+                likeliest(rows[:2]), likeliest(rows)[:, :2]
+            )
+    finally:
+        torch.set_num_threads(usual)
+
+
 def test_greedy_takes_the_first_of_equals_alone_and_in_a_batch():
     rows = torch.tensor([[1.0, 3.0, 3.0], [0.5, 0.1, 0.4]])
     together = choices(likeliest(rows))
