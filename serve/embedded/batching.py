@@ -130,9 +130,10 @@ class Scheduler:
             alone = row.job.accepted.decoder_input_details or not self._engine.together
             if read and alone:
                 break
-            read.append((row, row.job.accepted.ids[row.length : row.length + PIECE]))
-            left -= len(read[-1][1])
-            if row.length + len(read[-1][1]) < len(row.job.accepted.ids):
+            piece = row.job.accepted.ids[row.length : row.length + PIECE]
+            read.append((row, piece))
+            left -= len(piece)
+            if row.length + len(piece) < len(row.job.accepted.ids):
                 break
             self._joining = None
             if alone:

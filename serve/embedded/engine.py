@@ -58,9 +58,7 @@ class Engine:
             return logits
         if self._recorded:
             self._recorded.room(row + 1, start + len(ids))
-        self._keep = len(ids) if all_logits else 1
-        step = Step(row, [start], [len(ids)], False, self.device)
-        return self._forward(torch.tensor([ids], device=self.device), step)[0]
+        return self._read(row, [ids], [start], len(ids) if all_logits else 1)
 
     def prefill_together(self, first: int, pieces: List[List[int]], starts: List[int]) -> Tensor:
         """``prefill`` for the rows from ``first`` on, in one pass, where ``together`` -> logits float [rows, V] behind their last:
@@ -68,8 +66,12 @@ class Engine:
         for row, start in enumerate(starts, first):
             if start == 0:
                 self._cache.clean(row)
+        ends = torch.tensor([len(ids) for ids in pieces], device=self.device).cumsum(0)
+        return self._read(first, pieces, starts, ends - 1)
+
+    def _read(self, first: int, pieces: List[List[int]], starts: List[int], keep: Union[int, Tensor]) -> Tensor:
+        self._keep = keep
         step = Step(first, starts, [len(ids) for ids in pieces], False, self.device)
-        self._keep = torch.tensor([at + count - 1 for at, _, count in step.pieces()], device=self.device)
         return self._forward(torch.tensor([sum(pieces, [])], device=self.device), step)[0]
 
     def decode(self, tokens: List[int], lengths: List[int]) -> Tensor:

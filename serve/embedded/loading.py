@@ -12,6 +12,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def load(folder: str, dtype: Optional[str], device: torch.device, revision: Optional[str], trust_remote_code: bool) -> Any:
+    """A folder or hub name -> the model on ``device``, for inference, in ``dtype``; None: fp32 on a CPU, else as it is stored if
+    that has 16 bits, else fp16. UserError for code that may not run, weights that cannot be read, weights that are not there."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     code = proof.foreign_code(folder)

@@ -115,7 +115,7 @@ class Recorded:
         active, width = key
         tokens, columns = numbers.chunk(2)
         rows = torch.arange(active, device=self._device)
-        return lambda: self._forward(tokens[:, None], FixedStep(rows, columns, 1, True, width, active, None, self.kernel))
+        return lambda: self._forward(tokens[:, None], FixedStep(rows, columns, 1, True, width, active, kernel=self.kernel))
 
     def _prefill_pass(self, numbers: Tensor, key: Tuple[int, ...]) -> Run:
         _, width, count = key

@@ -24,9 +24,9 @@ def tiny_parts(folder):
     return Engine(str(folder)), text
 
 
-def scheduler_of(parts, max_tokens=10000):
+def scheduler_of(parts, max_tokens=10000, max_rows=4):
     engine, text = parts
-    return Scheduler(engine, Worker(), text, Metrics(1000, 2048), max_rows=4, max_tokens=max_tokens)
+    return Scheduler(engine, Worker(), text, Metrics(1000, 2048), max_rows, max_tokens)
 
 
 def job(ids, count=8, stream=False, **sampling):

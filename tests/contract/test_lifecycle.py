@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,20 @@ def pipedock(tmp_path):
         return subprocess.run(command, capture_output=True, env=environment, cwd=str(tmp_path), text=True, input=stdin, timeout=120)
 
     return run
+
+
+@contextmanager
+def answering(pipedock, model, prompt, tokens):
+    """A server in the foreground with an answer under way: (the command's process, its document, the rest of the stream)."""
+    process = pipedock("serve", "--model", str(model), "--port", str(free_port()), "--json", background=True)
+    try:
+        document = json.loads(process.stdout.readline())
+        with Client(document["url"], timeout=60) as client:
+            stream = client.generate_stream(prompt, max_new_tokens=tokens)
+            next(stream)
+            yield process, document, stream
+    finally:
+        process.kill()
 
 
 def refuses(port):
@@ -79,23 +94,16 @@ def test_detach_ask_status_stop(pipedock, model, tmp_path):
 
 
 def test_in_the_foreground_a_signal_ends_it_after_the_running_request(pipedock, model):
-    port = free_port()
-    process = pipedock("serve", "--model", model.path, "--port", str(port), "--json", background=True)
-    try:
-        document = json.loads(process.stdout.readline())
-        with Client(document["url"], timeout=60) as client:
-            stream = client.generate_stream(model.endless, max_new_tokens=300)
-            next(stream)
-            os.kill(process.pid, signal.SIGTERM)
-            deadline = time.monotonic() + 20
-            while not refuses(port) and time.monotonic() < deadline:  # new ones are refused ...
-                time.sleep(0.02)
-            assert refuses(port)
-            rest = list(stream)  # ... and the one under way is finished
+    with answering(pipedock, model.path, model.endless, 300) as (process, document, stream):
+        port = int(document["url"].rsplit(":", 1)[1])
+        os.kill(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while not refuses(port) and time.monotonic() < deadline:  # new ones are refused ...
+            time.sleep(0.02)
+        assert refuses(port)
+        rest = list(stream)  # ... and the one under way is finished
         assert len(rest) == 299 and rest[-1].generated_text == model.text(model.endless, 300)
         assert process.wait(60) == 0
-    finally:
-        process.kill()
     assert process.stdout.read() == "" and "Traceback" not in process.stderr.read()
     assert not Path("/proc/%d" % document["pid"]).exists()
 
@@ -154,41 +162,25 @@ def test_what_is_not_done_when_the_server_must_stop_is_cut_in_one_line(tmp_path)
 
 def test_a_second_interrupt_ends_the_server_at_once(pipedock, tmp_path):
     servers.random_model(tmp_path / "model", shapes.SHAPES["llama-tiny"])
-    port = free_port()
-    process = pipedock("serve", "--model", str(tmp_path / "model"), "--port", str(port), "--json", background=True)
-    try:
-        document = json.loads(process.stdout.readline())
-        with Client(document["url"], timeout=60) as client:
-            stream = client.generate_stream("one", max_new_tokens=4000)
-            next(stream)
-            for _ in range(2):  # to the command alone, as a supervisor sends it
-                os.kill(process.pid, signal.SIGINT)
-                time.sleep(1)
-            process.wait(15)
-            with pytest.raises(ClientError):
-                list(stream)
-    finally:
-        process.kill()
+    with answering(pipedock, tmp_path / "model", "one", 4000) as (process, document, stream):
+        for _ in range(2):  # to the command alone, as a supervisor sends it
+            os.kill(process.pid, signal.SIGINT)
+            time.sleep(1)
+        process.wait(15)
+        with pytest.raises(ClientError):
+            list(stream)
     said = process.stderr.read() + Path(document["log"]).read_text()
     assert not Path("/proc/%d" % document["pid"]).exists() and "was cut" in said and "Traceback" not in said, said
 
 
 def test_a_killed_command_takes_its_server_with_it(pipedock, model):
     """In the foreground; SIGKILL leaves the command no time to stop it. Running requests are finished."""
-    port = free_port()
-    process = pipedock("serve", "--model", model.path, "--port", str(port), "--json", background=True)
-    try:
-        document = json.loads(process.stdout.readline())
-        with Client(document["url"], timeout=60) as client:
-            stream = client.generate_stream(model.endless, max_new_tokens=300)
-            next(stream)
-            process.kill()
-            assert list(stream)[-1].generated_text == model.text(model.endless, 300)
+    with answering(pipedock, model.path, model.endless, 300) as (process, document, stream):
+        process.kill()
+        assert list(stream)[-1].generated_text == model.text(model.endless, 300)
         deadline = time.monotonic() + 30
         while Path("/proc/%d" % document["pid"]).exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-    finally:
-        process.kill()
     assert not Path("/proc/%d" % document["pid"]).exists() and "Stopped" in Path(document["log"]).read_text()
 
 

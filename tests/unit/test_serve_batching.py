@@ -52,11 +52,8 @@ def test_waiting_prompts_are_read_in_one_pass(parts, monkeypatch):
     """Nobody reads all weights for a few tokens alone; a request that wants its prompt's logits does, and a long prompt goes on."""
     engine, scheduler = parts[0], scheduler_of(parts)
     asked = [[5] * 7, [6] * 9, [7] * 3, [8] * (batching.PIECE + 20)]
-    passes, crowd = (
-        [],
-        [job(ids, 4) for ids in asked[:2]] + [Job(Accepted(asked[2], 4, Sampling(), decoder_input_details=True), False)],
-    )
-    crowd.append(job(asked[3], 4))
+    passes, crowd = [], [job(ids, 4) for ids in asked]
+    crowd[2] = Job(Accepted(asked[2], 4, Sampling(), decoder_input_details=True), False)
     several, one = engine.prefill_together, engine.prefill
     monkeypatch.setattr(engine, "prefill_together", lambda *how: passes.append((how[0], *map(len, how[1]))) or several(*how))
     monkeypatch.setattr(engine, "prefill", lambda *how: passes.append((how[0], len(how[1]))) or one(*how))

@@ -8,12 +8,10 @@ import pytest
 pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
 import torch  # noqa: E402
 
-from serve.embedded.batching import PIECE, Scheduler  # noqa: E402
-from serve.embedded.metrics import Metrics  # noqa: E402
+from serve.embedded.batching import PIECE  # noqa: E402
 from serve.embedded.row import Job  # noqa: E402
 from serve.embedded.validation import Accepted, Sampling  # noqa: E402
-from serve.embedded.worker import Worker  # noqa: E402
-from tests.contract.jobs import ended, play, tiny_parts  # noqa: E402
+from tests.contract.jobs import ended, play, scheduler_of, tiny_parts  # noqa: E402
 
 COUNT = 24
 
@@ -37,16 +35,11 @@ def told(job):
     return [(token.id, token.logprob) for token in job.tokens], [(token.id, token.logprob) for token in job.prefill]
 
 
-def scheduler_of(parts, rows):
-    engine, text = parts
-    return Scheduler(engine, Worker(), text, Metrics(2000, 2048), max_rows=rows, max_tokens=10**6)
-
-
 @pytest.mark.parametrize("seed, threads", [(3, 1), (4, 2), (5, 2), (6, 1)])
 def test_each_gets_what_it_gets_alone(parts, seed, threads):
     pick, usual = random.Random(seed), torch.get_num_threads()
     alone, crowd = asked(random.Random(seed)), asked(random.Random(seed))
-    first, second = scheduler_of(parts, 1), scheduler_of(parts, pick.choice([3, 8, 16]))
+    first, second = scheduler_of(parts, 10**6, 1), scheduler_of(parts, 10**6, pick.choice([3, 8, 16]))
     gone = {crowd[pick.randrange(COUNT)] for _ in range(3)}
 
     async def one_by_one():
