@@ -38,9 +38,9 @@ def rank_main(task):
     from export import from_ranks
     from export.measure import peak_gib
     from pipeline_train import checkpoint, config, engine, families, manifest, masters
+    from pipeline_train.leaving import leave
     from pipeline_train.plan import bounds
     from pipeline_train.weights.writing import write_file
-    from pipeline_train.worker import leave
 
     work, rank = Path(task["work"]), int(os.environ["RANK"])
     engine.connect(not task["cpu"], rank)

@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
+from .leaving import leave
 from .pulse import Pulse
 
 PARENT = "PIPEDOCK_PARENT"  # process id of the launcher
@@ -90,15 +91,6 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
     answer_for(args.out / "logs", lambda pulse: train(args.out, args.total_steps, args.resume, pulse, args.finish))
-
-
-def leave() -> None:
-    """End this process now, with code 0. Everything is written; taking the communication threads apart at interpreter exit
-    aborts now and then (seen with gloo: "terminate called without an active exception" after the last step)."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def report(message: Dict[str, Any]) -> None:

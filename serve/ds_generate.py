@@ -18,6 +18,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, TextIO, Tupl
 
 from pipeline_train import compat, families
 from pipeline_train.errors import UserError
+from pipeline_train.leaving import leave
 
 from .ds_prompts import Prompt, encode, read_prompts
 
@@ -225,4 +226,4 @@ def _arguments(argv: Optional[List[str]]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -7,12 +7,12 @@ import os
 import signal
 import sys
 import threading
-import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Callable, Deque, Generator, Iterator, Optional, Tuple
 
 from ..errors import RunFailed
+from ..leaving import outlive
 from . import template
 from .block_encoder import BlockEncoder, Encoded
 from .files import Block
@@ -83,8 +83,7 @@ def _begin(encoder: BlockEncoder, parent: int, now: Any) -> None:
 
 def _end_with(parent: int) -> None:
     """A parent that was killed cannot end its workers, and they would wait for work for ever."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+    outlive(parent, 0.5)
     os._exit(1)
 
 

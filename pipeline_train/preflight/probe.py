@@ -11,7 +11,8 @@ import time
 from datetime import timedelta
 from typing import Any, List
 
-from ..worker import die_with_parent, leave
+from ..leaving import leave
+from ..worker import die_with_parent
 
 JOIN_S = 30.0
 LARGE, SMALL = 64 << 20, 1 << 20  # bytes of a message

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from pipeline_train.errors import RunFailed, UserError
+from pipeline_train.leaving import leave
 
 from ..proved import check_proof
 from . import args
@@ -108,11 +109,9 @@ def model_folder(path: str) -> bool:
 
 
 def end(code: int) -> None:
-    """Exit. Not through Python's own end while the model thread computes: torch takes that for an error and aborts."""
+    """Exit; not in Python's own way while the model thread may compute."""
     if any(thread.name == NAME for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave(code)
     sys.exit(code)
 
 

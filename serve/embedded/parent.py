@@ -3,7 +3,8 @@
 import os
 import signal
 import threading
-import time
+
+from pipeline_train.leaving import outlive
 
 PARENT = "PIPEDOCK_SERVE_PARENT"  # process id of that command
 
@@ -16,6 +17,5 @@ def end_with_parent() -> None:
 
 
 def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
+    outlive(parent, 1.0)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Callable, Optional, TypeVar
 
 T = TypeVar("T")
@@ -37,6 +37,8 @@ class Worker:
                 done.set_exception(error)
 
         self._work.put(attempt)
+        while not wait([done], timeout=0.5).done:
+            pass  # a signal that came just before a wait does not end it: Ctrl-C is seen between two
         return done.result()
 
     def end_with(self, work: Callable[[], object]) -> None:

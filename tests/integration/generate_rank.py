@@ -2,10 +2,9 @@
 
 import sys
 
+from pipeline_train.leaving import leave
 from serve.ds_generate import main
 
 if __name__ == "__main__":
     rank, prompts, folders = sys.argv[1], sys.argv[2], sys.argv[3:]
-    sys.exit(
-        max(main([rank, "--model", folder, "--prompts", prompts, "--max-new-tokens", "9", "--batch", "2"]) for folder in folders)
-    )
+    leave(max(main([rank, "--model", folder, "--prompts", prompts, "--max-new-tokens", "9", "--batch", "2"]) for folder in folders))

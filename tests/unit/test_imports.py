@@ -12,7 +12,7 @@ PACKAGES = ("pipeline_train", "export", "serve", "bench", "verbs")
 
 # Lowest first: a module may import its own row and the rows above it in this list.
 ROWS = [
-    {"errors", "pulse", "watch", "hostfile", "place", "link", "joining", "control", "network", "trace"},
+    {"leaving", "errors", "pulse", "watch", "hostfile", "place", "link", "joining", "control", "network", "trace"},
     {"families", "manifest", "manifest_values", "manifest_where", "arrival", "proof", "safetensors_header", "host", "native",
      "content", "data.records", "data.shapes", "data.files", "data.json_text", "data.template"},
     {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder", "checkpoint_folder", "checkpoint_job",
@@ -26,7 +26,7 @@ ROWS = [
     {"launch", "processes", "team", "preflight", "report", "selftest_run"},
 ]  # fmt: skip
 EXPORT_MAY = {"errors", "families", "manifest", "proof", "host", "config", "models", "weights", "data.template"}
-SERVE_MAY = {"errors", "families", "manifest", "proof", "config", "compat", "plan", "data.template"}
+SERVE_MAY = {"errors", "leaving", "families", "manifest", "proof", "config", "compat", "plan", "data.template"}
 LIMITS_MAY = {"errors", "families", "plan", "safetensors_header"}  # serve/limits: what a bare Python can import
 PROVE_MAY = SERVE_MAY | {"host", "data.records", "data.encode"}  # serve/prove compares a server with training itself
 LIBRARIES = {  # library -> where it may be imported
