@@ -21,7 +21,7 @@ SHAPES: Dict[str, Dict[str, Any]] = {
     "llama-13b": _llama(5120, 13824, 40, 40),
     "llama-30b": _llama(6656, 17920, 52, 60),
     "llama-65b": _llama(8192, 22016, 64, 80),
-    "llama-1b": _llama(2048, 5632, 32, 22),
+    "llama-1b": dict(_llama(2048, 5632, 32, 22), num_key_value_heads=4),  # TinyLlama's
     "llama-tiny": _llama(256, 688, 4, 4, 2048),
     "bloom-560m": dict(BLOOM, hidden_size=1024, n_layer=24, n_head=16),
     "bloom-7b": dict(BLOOM, hidden_size=4096, n_layer=30, n_head=32),

@@ -7,7 +7,8 @@ serde, params   JSON to checked values and the plain-text errors of what is not;
 validation      the checks in their order -> Accepted
 service         permits, tokenizing beside the event loop, figures
 batching, row   the model thread: requests join and leave between tokens
-engine, cache   prefill and decode of rows, in the thread of worker; attention and packed make them independent of the batch
+engine, cache   prefill and decode of rows, in the thread of worker; recorded and fused: faster on a GPU
+attention       a row's bits do not depend on the batch: kernel on a GPU, packed on a CPU; alibi gives it to bloom
 sampling, text  the next token and its spelling; chat templates
 native, shapes  bodies of the native routes, key order included; openai has those of /v1
 args, build     launcher flags and environment -> a running server; metrics; schemas and openapi: what /docs shows

@@ -5,7 +5,7 @@ that share a key head are taken together, so grouped keys are never copied. On a
 """
 
 from contextlib import nullcontext
-from typing import Any, ContextManager, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -15,12 +15,14 @@ from transformers import AttentionInterface
 
 from .cache import FixedStep, SlotCache, Step
 
-# Which of torch's kernels a recorded decode pass may take, in the order in which they are tried. None: torch chooses, the fastest.
-KERNELS: Tuple[Optional[SDPBackend], ...] = (None, SDPBackend.EFFICIENT_ATTENTION)
+# What may compute a recorded decode pass, in the order in which it is tried: kernel.py; torch's memory-efficient kernel, at 1.1 to 2.5
+# times the cost of what torch chooses; what torch chooses (of cuDNN's, by rows, columns and strides: other bits in other company).
+OURS, EFFICIENT, ANY = KERNELS = "our kernel", "torch's memory-efficient kernel", "torch's choice"
 
 
-def register(name: str, cache: SlotCache) -> None:
-    """Make ``model.set_attn_implementation(name)`` mean attention over ``cache``. Such a model is given no mask by transformers."""
+def register(name: str, cache: SlotCache) -> Callable[..., Tuple[Tensor, None]]:
+    """Make ``model.set_attn_implementation(name)`` mean attention over ``cache`` -> that function. Such a model is given no mask
+    by transformers."""
 
     def attend(
         module: Any,
@@ -31,65 +33,86 @@ def register(name: str, cache: SlotCache) -> None:
         scaling: Optional[float] = None,
         dropout: float = 0.0,
         sliding_window: Optional[int] = None,
+        slopes: Optional[Tensor] = None,
         **more: Any,
     ) -> Tuple[Tensor, None]:
-        """query [B, H, n, D], key and value [B, Hkv, width, D] -> [B, n, H, D]."""
+        """query [B, H, n, D], key and value [B, Hkv, width, D], ALiBi's slopes [H] -> [B, n, H, D]."""
         unknown = [what for what in ("softcap", "s_aux", "position_bias") if more.get(what) is not None]
         if unknown:
             raise NotImplementedError("attention with %s" % unknown[0])
         step = cache.step
         assert step is not None
         if isinstance(step, FixedStep):
-            return _fixed(query, key, value, step, scaling, sliding_window), None
-        out = (_decode if step.decode else _prefill)(query, key, value, step, scaling, sliding_window)
-        return out, None
+            return _fixed(query, key, value, step, scaling, sliding_window, slopes), None
+        return (_decode if step.decode else _prefill)(query, key, value, step, scaling, sliding_window, slopes), None
 
     AttentionInterface.register(name, attend)
+    return attend
 
 
-def _decode(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: Optional[float], window: Optional[int]) -> Tensor:
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, step: Step, scale: Optional[float], window: Optional[int], slopes: Optional[Tensor]
+) -> Tensor:
     rows, heads, _, size = q.shape
     q = q.reshape(rows, k.shape[1], heads // k.shape[1], size)
     if q.device.type == "cpu":
+        bias = None if slopes is None else _biases(step, slopes, q.dtype).view(1, k.shape[1], -1, step.width)
         out = q.new_empty(rows, k.shape[1], heads // k.shape[1], v.shape[3])
         for row, start in enumerate(step.starts):
             last = start + 1
             first = max(0, last - window) if window else 0
             one = slice(row, row + 1)
-            out[row] = sdpa(q[one], k[one, :, first:last], v[one, :, first:last], scale=scale)[0]
+            seen = None if bias is None else bias[..., first:last]
+            out[row] = sdpa(q[one], k[one, :, first:last], v[one, :, first:last], attn_mask=seen, scale=scale)[0]
     else:
-        out = sdpa(q, k, v, attn_mask=mask(step.columns, 1, step.width, q.dtype, window), scale=scale)
+        hidden = mask(step.columns, 1, step.width, q.dtype, window)
+        if slopes is not None:
+            hidden = hidden + _biases(step, slopes, q.dtype).view(1, k.shape[1], -1, step.width)
+        out = sdpa(q, k, v, attn_mask=hidden, scale=scale)
     return out.reshape(rows, 1, heads, v.shape[3])
 
 
-def _prefill(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: Optional[float], window: Optional[int]) -> Tensor:
-    """Each piece alone, over its own row's columns: the same numbers whoever else is read."""
+def _prefill(
+    q: Tensor, k: Tensor, v: Tensor, step: Step, scale: Optional[float], window: Optional[int], slopes: Optional[Tensor]
+) -> Tensor:
+    """Each row's piece by itself: the same numbers whoever else is read."""
     groups, found = q.shape[1] // k.shape[1], []
     for row, (at, start, count) in enumerate(step.pieces()):
         width, queries = start + count, q[:, :, at : at + count]
         keys, values = k[row : row + 1, :, :width], v[row : row + 1, :, :width]
         if groups > 1:
             keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
-        if start == 0 and not (window and window < width):
+        if start == 0 and slopes is None and not (window and window < width):
             out = sdpa(queries, keys, values, is_causal=True, scale=scale)
         else:
             hidden = mask(step.columns[row : row + 1], count, width, q.dtype, window)
+            if slopes is not None:
+                hidden = hidden + _biases(step, slopes, q.dtype)[..., :width]
             out = sdpa(queries, keys, values, attn_mask=hidden, scale=scale)
         found.append(out.transpose(1, 2))
     return torch.cat(found, 1) if len(found) > 1 else found[0]
 
 
-def _fixed(q: Tensor, k: Tensor, v: Tensor, step: FixedStep, scale: Optional[float], window: Optional[int]) -> Tensor:
-    """Rows behind ``step.active`` get their own queries back, anything finite. The first layer makes the mask."""
+def _fixed(
+    q: Tensor, k: Tensor, v: Tensor, step: FixedStep, scale: Optional[float], window: Optional[int], slopes: Optional[Tensor]
+) -> Tensor:
+    """Rows behind ``step.active`` get anything finite. The first layer makes the mask."""
     given, (rows, heads, count, size) = q, q.shape
     groups = heads // k.shape[1]
+    if step.decode and step.kernel == OURS:
+        from . import kernel  # needs Triton
+
+        return kernel.decode(q, k, v, step.columns, size**-0.5 if scale is None else scale, window, slopes)
     if window not in step.masks:
         step.masks[window] = mask(step.columns[: step.active], count, step.width, q.dtype, window)
+        if slopes is not None:
+            step.masks[window] = step.masks[window] + _biases(step, slopes, q.dtype)
     if step.decode:
         q = q[: step.active].reshape(step.active, k.shape[1], groups, size)  # no key is copied for the heads that share it
     elif groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    with only(step.kernel if step.decode else None):
+    only = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if step.decode and step.kernel == EFFICIENT else nullcontext()
+    with only:
         out = sdpa(q, k, v, attn_mask=step.masks[window], scale=scale)
     if not step.decode:
         return out.transpose(1, 2)
@@ -97,35 +120,12 @@ def _fixed(q: Tensor, k: Tensor, v: Tensor, step: FixedStep, scale: Optional[flo
     return out if rows == step.active else torch.cat([out, given[step.active :].transpose(1, 2)[..., : v.shape[3]]])
 
 
-def only(kernel: Optional[SDPBackend]) -> ContextManager[None]:
-    """sdpa takes this kernel; RuntimeError where it cannot."""
-    return nullcontext() if kernel is None else sdpa_kernel(kernel)
-
-
-def alike(
-    heads: int, kv_heads: int, size: int, value_size: int, dtype: torch.dtype, device: torch.device,
-    rows: Sequence[int], widths: Sequence[int], kernel: Optional[SDPBackend],
-) -> Set[Tuple[int, int]]:  # fmt: skip
-    """(rows, width) of those decode passes that give a row the same bits as the largest of all. RuntimeError: not this kernel.
-
-    How large a pass is others decide, and libraries choose a kernel by that: cuDNN's attention, with a hundred columns, another one
-    than with five hundred. Tried on random numbers, on the device itself.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    groups, most, widest = heads // kv_heads, rows[-1], widths[-1]
-    q = torch.randn(most, kv_heads, groups, size, dtype=dtype, device=device, generator=generator)
-    k = torch.randn(most, kv_heads, widest, size, dtype=dtype, device=device, generator=generator)
-    v = torch.randn(most, kv_heads, widest, value_size, dtype=dtype, device=device, generator=generator)
-    columns = torch.arange(most, device=device) % (widths[0] - 28) + 27
-
-    def some(count: int, width: int) -> Tensor:
-        additive = mask(columns[:count], 1, width, dtype)
-        with only(kernel):
-            return sdpa(q[:count], k[:count, :, :width], v[:count, :, :width], attn_mask=additive)
-
-    wanted = some(most, widest)
-    same = {(n, width) for n in rows for width in widths if torch.equal(some(n, width), wanted[:n])}
-    return same | {(most, widest)}  # even where the device does not give the same bits twice
+def _biases(step: Union[Step, FixedStep], slopes: Tensor, dtype: torch.dtype) -> Tensor:
+    """ALiBi's, slope times column, as transformers rounds them: [1, H, 1, width]. The first layer makes them."""
+    if "alibi" not in step.masks:
+        columns = torch.arange(step.width, device=slopes.device)
+        step.masks["alibi"] = (slopes[:, None] * columns).to(dtype)[None, :, None]
+    return step.masks["alibi"]
 
 
 def mask(columns: Tensor, count: int, width: int, dtype: torch.dtype, window: Optional[int] = None) -> Tensor:

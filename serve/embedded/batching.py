@@ -71,7 +71,8 @@ class Scheduler:
                         self._decode()
                     except BROKEN as error:
                         self._fail(words(error))
-                    self._deliver()
+                    if not self._behind:
+                        self._deliver()
         finally:
             self._fail("the server is stopping", list(self._waiting))
             self._deliver()
@@ -110,6 +111,8 @@ class Scheduler:
             left -= sum(len(piece) for _, piece in read)
             started = self._begin("prefill", len(read))
             logits = self._prefill(read)
+            if self._behind:
+                self._deliver()
             self._end("prefill", started)
             for row, piece in read:
                 if row.job.accepted.decoder_input_details:
@@ -171,6 +174,8 @@ class Scheduler:
             return
         started = self._begin("decode", len(rows))
         logits = self._engine.decode([row.tokens[-1].id for row in rows], [row.length for row in rows])
+        if self._behind:
+            self._deliver()
         forward = time.perf_counter()
         for row in rows:  # all of them before anybody leaves: a row is moved with its newest token
             row.length += 1
@@ -215,6 +220,11 @@ class Scheduler:
         self._out += [(job, failed(text)) for job in [row.job for row in self._rows] + list(others)]
         self._rows, self._joining = [], None
         self._engine.clear()
+
+    @property
+    def _behind(self) -> bool:
+        """Events are handed over when the next pass has been launched: they are written while the GPU computes it."""
+        return self._engine.graphs and bool(self._rows)
 
     def _deliver(self) -> None:
         """Hand the turn's events to the event loop, all in one call."""

@@ -6,10 +6,8 @@ import os
 import socket
 import sys
 from contextlib import closing
-from pathlib import Path
 from typing import Any, Dict, Tuple
 
-import torch
 import uvicorn
 from starlette.applications import Starlette
 
@@ -19,6 +17,7 @@ from .args import Options
 from .batching import Scheduler
 from .engine import Engine
 from .http import make_app
+from .memory import free_memory
 from .metrics import Metrics
 from .service import Service
 from .text import Text
@@ -138,26 +137,6 @@ def info(options: Options, engine: Engine, limits: Limits) -> Dict[str, Any]:
         "model_device_type": engine.device.type,
         "engine": "pipedock embedded",
     }
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes: of the GPU, or what the system (and the container's limit) leaves."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    limit = "".join(_lines("/sys/fs/cgroup/memory.max")).strip()
-    used = "".join(_lines("/sys/fs/cgroup/memory.current")).strip()
-    return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
-
-
-def _lines(path: str) -> "list[str]":
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
 
 
 def _first_line(error: BaseException) -> str:

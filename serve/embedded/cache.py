@@ -12,10 +12,11 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 from transformers.cache_utils import Cache
 
 COLUMNS = 64  # widths are multiples of this, so that sums over a row see the same grouping in any company
+
+Masks = Dict[Union[int, str, None], Tensor]  # attention's, of one pass: one for each sliding window, and "alibi"
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Step:
 
     ``counts[i]`` new tokens for the row ``first + i``, at its columns ``starts[i]``.. ; ``width``: columns that attention sees.
     ``decode``: a batch of the rows with one token each, else pieces of prompts, one behind the other in a batch of one row.
-    ``count``: tokens of a row of that batch; ``positions`` [B, count]: their columns.
+    ``count``: tokens of a row of that batch; ``positions`` [B, count]: their columns. ``masks``: as FixedStep's.
     """
 
     first: int
@@ -32,6 +33,7 @@ class Step:
     counts: List[int]
     decode: bool
     device: torch.device
+    masks: Masks = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         last = max(start + count for start, count in zip(self.starts, self.counts))
@@ -68,8 +70,8 @@ class FixedStep:
     width: int
     active: int
     last: Optional[Tensor] = None
-    kernel: Optional[SDPBackend] = None  # attention's in a decode pass, where torch is not to choose
-    masks: Dict[Optional[int], Tensor] = field(default_factory=dict)  # attention's, one for each sliding window
+    kernel: str = ""  # one of attention.KERNELS, for a decode pass
+    masks: Masks = field(default_factory=dict)
 
     @property
     def positions(self) -> Tensor:
@@ -148,11 +150,6 @@ class SlotCache(Cache):
     def bytes_per_token(self) -> int:
         """Of one column of one row over all layers; 0 before the first forward pass."""
         return sum(table.shape[1] * table.shape[3] * table.element_size() for table in self._keys + self._values)
-
-    @property
-    def heads(self) -> Tuple[int, int, int]:
-        """Of the first layer: key heads, sizes of a key and of a value; zeros before the first forward pass."""
-        return (*self._keys[0].shape[1::2], self._values[0].shape[3]) if self._keys and self._keys[0].dim() == 4 else (0, 0, 0)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns in front of the new ones, as the mask code of transformers counts."""

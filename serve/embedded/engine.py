@@ -5,18 +5,19 @@ Before it serves, every model shows that this gives the logits of a plain forwar
 
 import inspect
 import logging
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 from pipeline_train.errors import RunFailed
 
 from . import alibi, attention, fused, packed
 from .cache import COLUMNS, FixedStep, SlotCache, Step
-from .loading import load
-from .recorded import PIECES, ROWS, WIDTHS, Recorded, Run, graphs
+from .loading import load, positions
+from .memory import free_memory
+from .recorded import LEAST, PIECES, Recorded, Run, graphs
 
 LOG = logging.getLogger("pipedock.serve")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
@@ -35,14 +36,15 @@ class Engine:
         self.dtype = next(self.model.parameters()).dtype
         self.vocab = int(self.model.get_output_embeddings().weight.shape[0])
         self.known = int(self.model.get_input_embeddings().weight.shape[0])
-        self.max_positions = _positions(config)
+        self.max_positions = positions(config)
         self.generation_eos = self.model.generation_config.eos_token_id if self.model.generation_config else config.eos_token_id
         self._arguments = set(inspect.signature(self.model.forward).parameters)
         self._cache = SlotCache()
-        self._own_attention = bool(getattr(self.model, "_supports_attention_backend", False))
+        self._own_attention = self._alibi = False
+        self._alibi_mask = torch.zeros(1, 1, 1, 1, device=self.device, dtype=self.dtype)  # one that transformers leaves as it is
         self._keep: Union[int, Tensor] = 1  # for which positions the head computes: so many at the end, or one by its number
         self._recorded: Optional[Recorded] = None
-        self._slopes = self._packed = False
+        self._packed = False
         self.together = False  # several rows' prompts can be read in one pass
         self.kv_bytes = 0
         self.best: Optional[Tensor] = None
@@ -53,7 +55,7 @@ class Engine:
         """Read ``ids`` at columns ``start``.. of ``row`` -> logits float [1, V] behind the last, or [n, V] behind each."""
         if start == 0:
             self._cache.clean(row)
-        if self._recorded and (self._own_attention or self._slopes) and not all_logits and len(ids) <= PIECES[-1]:
+        if self._recorded and self._own_attention and not all_logits and len(ids) <= PIECES[-1]:
             logits, self.best = self._recorded.prefill(row, ids, start)
             return logits
         if self._recorded:
@@ -121,8 +123,8 @@ class Engine:
         if "cache_position" in self._arguments:
             several = isinstance(step, Step) and not step.decode
             inputs["cache_position"] = step.positions[0] if several else step.width - step.count + span
-        if self._slopes:
-            inputs["attention_mask"] = attention.mask(step.columns, step.count, step.width, self.dtype)
+        if self._alibi:
+            inputs["attention_mask"] = self._alibi_mask
         elif not self._own_attention:
             last = step.columns[:, None] + step.count
             inputs["attention_mask"] = (torch.arange(step.width, device=self.device) < last).long()
@@ -139,7 +141,6 @@ class Engine:
             if not self._packed:
                 LOG.warning("%s on this CPU: the last bits depend on how many requests there are", self.dtype)
         self.model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (self._kept(args[0]),) + args[1:])
-        self._slopes = alibi.keep_slopes(self.model)
         if self.device.type == "cuda":
             fused.fuse(self.model)
         self._settle_attention()
@@ -147,17 +148,15 @@ class Engine:
             self.record(graphs)
 
     def _settle_attention(self) -> None:
-        usual = self.model.config._attn_implementation
-        if self._own_attention:
-            name = "pipedock-%d" % id(self._cache)
-            attention.register(name, self._cache)
-            self.model.set_attn_implementation(name)
+        undo = self._take_attention()
+        if undo is not None:
+            self._own_attention = True
             for together in (True, False) if self._packed else (False,):
                 self.together = together
                 if self._same() is None:
                     return
-            self._own_attention = False
-            self.model.set_attn_implementation(usual)
+            self._own_attention = self._alibi = False
+            undo()
         window = getattr(self.model.config, "sliding_window", None)
         if window and getattr(self.model.config, "use_sliding_window", True):
             # Rows of different lengths would need windows of their own: stay inside the window, where it hides nothing.
@@ -166,43 +165,56 @@ class Engine:
         if problem is not None:
             raise RunFailed("%s: models of type %s cannot be served in batches here" % (problem, self.model.config.model_type))
 
+    def _take_attention(self) -> Optional[Callable[[], None]]:
+        """Switch to our attention -> what undoes it; None where that cannot be."""
+        usual, name = self.model.config._attn_implementation, "pipedock-%d" % id(self._cache)
+        attend = attention.register(name, self._cache)
+        undo = alibi.take(self.model, attend)
+        self._alibi = undo is not None
+        if undo is None and getattr(self.model, "_supports_attention_backend", False):
+            self.model.set_attn_implementation(name)
+            undo = partial(self.model.set_attn_implementation, usual)
+        return undo
+
     def record(self, recorder: Callable[[], Callable[[Run], Run]]) -> None:
-        """Run recorded passes from now on, if they compute the same; see Recorded."""
+        """Run recorded passes from now on, if they compute the same; see Recorded. Of attention's kernels, the first that gives a
+        row the same bits in any company."""
         self.together = False  # such a pass has one row's piece
-        self._recorded = Recorded(self._cache, self.device, self._fixed, self._own_attention, recorder)
-        problem = self._same()
-        if problem is not None:
-            self._recorded = None
-            LOG.warning("%s is served without CUDA graphs, slower: %s", self.model.config.model_type, problem)
-        elif self._own_attention:
-            self._settle_sizes(self._recorded)
-
-    def _settle_sizes(self, recorded: Recorded) -> None:
-        """Leave out the sizes of a pass that give a row other bits than the largest does; where too few are left, take a slower
-        kernel whose bits do not depend on the size."""
-        usual = None
-        for kernel in attention.KERNELS:
-            found = self._alike(kernel)
-            if found is None:
-                break
-            recorded.alike, recorded.kernel = found, kernel
-            if recorded.independent and (kernel is None or self._same() is None):
+        kernels: Tuple[Optional[str], ...] = attention.KERNELS if self._own_attention else (None,)
+        for kernel in kernels:
+            self._recorded = Recorded(self._cache, self.device, self._fixed, kernel, recorder)
+            problem = self._same()
+            if problem is None and self._alone():
                 return
-            usual = usual or found
-        if usual is not None:
-            recorded.alike, recorded.kernel = usual, None
-            LOG.warning("this device's attention depends on how many requests there are: it may decide between almost equal tokens")
+            LOG.debug("not %s: %s", kernel, problem or "its bits depend on the company")
+        if problem is None:
+            LOG.warning(
+                "on this device the last bits depend on how many requests there are: it may decide between almost equal tokens"
+            )
+            return
+        self._recorded = None
+        LOG.warning("%s is served without CUDA graphs, slower: %s", self.model.config.model_type, problem)
 
-    def _alike(self, kernel: Optional[SDPBackend]) -> Optional[Set[Tuple[int, int]]]:
-        """None where it cannot be tried."""
+    def _alone(self) -> bool:
+        """Whether a row gets the same bits alone as elsewhere among others, whose rows are longer."""
+        assert self._recorded is not None
+        length = min(150, self.max_positions - 2)
+        ids = [(7 * place * place + 3 * place + 5) % self.vocab for place in range(length)]
+        most = (free_memory(self.device) // 2) // max(1, self.kv_bytes)
+        found = []
         try:
-            heads = self.model.config.get_text_config().num_attention_heads
-            return attention.alike(heads, *self._heads, self.dtype, self.device, ROWS, WIDTHS, kernel)
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # out of memory, say
-            if kernel is None:
-                why = str(error).split("\n")[0]
-                LOG.warning("whether a row's attention is the same in any company could not be tried: %s", why)
-            return None
+            for rows, longest in ((1, length), (2, 1000), (8, 300), (LEAST, 100)):
+                longest = max(length, min(longest, self.max_positions - 2))
+                if rows > 1 and rows * 2 * longest > most:
+                    continue
+                self._recorded.room(rows, longest + 2)
+                behind = self.prefill(rows - 1, ids, 0)[-1].clone()
+                found.append((behind, self.decode([7] * rows, [longest] * (rows - 1) + [length])[-1].clone()))
+        except RuntimeError as error:  # out of memory, say
+            LOG.warning("what a row gets in company could not be tried: %s", str(error).split("\n")[0])
+        finally:
+            self.clear()
+        return all(torch.equal(mine, other) for pair in found for mine, other in zip(found[0], pair))
 
     def _kept(self, hidden: Tensor) -> Tensor:
         return hidden[:, -self._keep :] if isinstance(self._keep, int) else hidden.index_select(1, self._keep)
@@ -219,26 +231,15 @@ class Engine:
                 logits = self.decode([ids[-back] for ids in samples], [len(ids) - back for ids in samples])
                 for row, values in enumerate(logits):
                     got[row].append(values.clone())  # a recorded pass writes its result into the same place again
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            return str(error)
+        except Exception as error:  # a model of any kind, or a compiler: what they raise is theirs
+            return str(error) or type(error).__name__
         finally:
-            self.kv_bytes, self._heads = self._cache.bytes_per_token, self._cache.heads
+            self.kv_bytes = self._cache.bytes_per_token
             self.clear()
         for mine, theirs in zip(got, self._wanted):
             worst = max(worst, float((torch.stack(mine) - theirs).abs().max() / theirs.abs().max()))
         limit = TOLERANCE[self.dtype]
         return None if worst <= limit else "batched logits are %.1e away from a plain forward pass (allowed %.0e)" % (worst, limit)
-
-
-def _positions(config: Any) -> int:
-    scaling = getattr(config, "rope_scaling", None) or {}
-    if scaling.get("rope_type", scaling.get("type")) == "longrope":
-        # Beyond this, transformers turns all rows of a pass otherwise as soon as one of them is there.
-        return int(getattr(config, "original_max_position_embeddings", 0) or scaling["original_max_position_embeddings"])
-    for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
-        if getattr(config, key, None):
-            return int(getattr(config, key))
-    return 2048
 
 
 def _samples(vocab: int) -> List[List[int]]:

@@ -42,3 +42,15 @@ def load(folder: str, dtype: Optional[str], device: torch.device, revision: Opti
             % (folder, len(missing), missing[0])
         )
     return model.to(device).eval().requires_grad_(False)
+
+
+def positions(config: Any) -> int:
+    """How many tokens a row may have."""
+    scaling = getattr(config, "rope_scaling", None) or {}
+    if scaling.get("rope_type", scaling.get("type")) == "longrope":
+        # Beyond this, transformers turns all rows of a pass otherwise as soon as one of them is there.
+        return int(getattr(config, "original_max_position_embeddings", 0) or scaling["original_max_position_embeddings"])
+    for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
+        if getattr(config, key, None):
+            return int(getattr(config, key))
+    return 2048

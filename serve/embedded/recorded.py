@@ -6,7 +6,7 @@ tensor of numbers that the pass reads:
 
 decode   one token for each of B rows. With our own attention B is at least ``LEAST``, whoever is there: the same matrix products
          for one request as for many. Attention is computed for the next power of two of the rows in use, and of the columns of
-         the longest, but only for such of them as give a row the same bits (attention.alike).
+         the longest, by a kernel that gives a row the same bits in all of them, if there is one (Engine.record).
 prefill  a piece of a prompt, padded to one of ``PIECES``; what the padding writes behind the prompt is overwritten by what follows.
 
 Rows that are not in use write their key into the table's last column, which nobody reads.
@@ -16,38 +16,39 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 from .cache import COLUMNS, FixedStep, SlotCache
 from .sampling import likeliest
 
 LEAST = 64
 PIECES = (16, 64, 256)
-ROWS = (1, 2, 4, 8, 16, 32, 64)
-DEARER = 8  # memory, too: the tables hold that many rows and columns
-WIDTHS = (128, 256, 512, 1024)  # a pass is recorded for so many columns or more
+NARROWEST = 128  # a pass is recorded for so many columns or more
 
 Forward = Callable[[Tensor, FixedStep], Tensor]  # ids [B, n] -> logits [B, n or 1, V]
 Run = Callable[[], Any]
 
 
 class Recorded:
-    """``forward``: the model's. ``wide``: it can compute more rows than the cache has. ``recorder``: gives a function that makes
-    of a pass one that runs faster; called again whenever all passes are forgotten. See ``graphs``."""
+    """``forward``: the model's. ``kernel``: attention's in a decode pass, None if it is the model's own: then a pass cannot compute
+    more rows than the cache has. ``recorder``: gives a function that makes of a pass one that runs faster; called again whenever all
+    passes are forgotten. See ``graphs``."""
 
     def __init__(
-        self, cache: SlotCache, device: torch.device, forward: Forward, wide: bool, recorder: Callable[[], Callable[[Run], Run]]
+        self,
+        cache: SlotCache,
+        device: torch.device,
+        forward: Forward,
+        kernel: Optional[str],
+        recorder: Callable[[], Callable[[Run], Run]],
     ) -> None:
-        self._cache, self._device, self._forward = cache, device, forward
-        self._least, self._recorder, self._record = LEAST if wide else 1, recorder, recorder()
-        self.alike = {(rows, width) for rows in ROWS for width in WIDTHS}  # rows and columns that a decode pass may have
-        self.kernel: Optional[SDPBackend] = None  # attention's in a decode pass
+        self._cache, self._device, self._forward, self._kernel = cache, device, forward, kernel or ""
+        self._least, self._recorder, self._record = LEAST if kernel else 1, recorder, recorder()
         self._logits: Dict[int, Tensor] = {}  # for each B one place that all passes of B rows write to
         self._runs: Dict[Tuple[int, ...], Tuple[Tensor, Run, Run]] = {}
 
     def decode(self, tokens: List[int], lengths: List[int]) -> Tuple[Tensor, Tensor]:
         """As Engine.decode, and Engine.best."""
-        active, width = self._shape(len(tokens), max(lengths) + 1)
+        active, width = _power(len(tokens)), max(NARROWEST, _power(max(lengths) + 1))
         self.room(active, width)
         batch = max(self._least, active)
         pads = batch - len(tokens)
@@ -58,25 +59,11 @@ class Recorded:
     def prefill(self, row: int, ids: List[int], start: int) -> Tuple[Tensor, Tensor]:
         """As Engine.prefill, logits behind the last token only, and Engine.best; at most PIECES[-1] tokens."""
         count = next(piece for piece in PIECES if piece >= len(ids))
-        width = max(WIDTHS[0], _power(start + count))
+        width = max(NARROWEST, _power(start + count))
         self.room(row + 1, width)
         given = ids + [0] * (count - len(ids)) + [row, start, len(ids) - 1]
         logits, best = self._run((0, width, count), given, self._prefill_pass)
         return logits[0], best
-
-    def _shape(self, rows: int, columns: int) -> Tuple[int, int]:
-        """The least work among the shapes that are alike, unless it is ``DEARER`` times that of what is needed; what is larger
-        than all that were compared is taken to be like the largest."""
-        active, width = _power(rows), max(WIDTHS[0], _power(columns))
-        tried = min(active, ROWS[-1]), min(width, WIDTHS[-1])
-        fit = [(a, w) for a, w in self.alike if a >= tried[0] and w >= tried[1] and a * w <= DEARER * tried[0] * tried[1]]
-        least = min(fit, key=lambda shape: (shape[0] * shape[1], shape), default=tried)
-        return max(active, least[0]), max(width, least[1])
-
-    @property
-    def independent(self) -> bool:
-        """No row's bits depend on how large the pass is."""
-        return all(self._shape(rows, width) in self.alike for rows in ROWS for width in WIDTHS)
 
     def room(self, rows: int, columns: int) -> None:
         """Make the cache large enough; then the addresses have changed."""
@@ -115,7 +102,7 @@ class Recorded:
         active, width = key
         tokens, columns = numbers.chunk(2)
         rows = torch.arange(active, device=self._device)
-        return lambda: self._forward(tokens[:, None], FixedStep(rows, columns, 1, True, width, active, kernel=self.kernel))
+        return lambda: self._forward(tokens[:, None], FixedStep(rows, columns, 1, True, width, active, kernel=self._kernel))
 
     def _prefill_pass(self, numbers: Tensor, key: Tuple[int, ...]) -> Run:
         _, width, count = key

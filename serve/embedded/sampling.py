@@ -122,12 +122,11 @@ def _only(scores: Tensor, ids: Tensor) -> Tensor:
 
 def likeliest(logits: Tensor) -> Tensor:
     """[B, V] -> double [2, B]: the largest logit of every row, the first of equals, and its log-probability."""
-    if len(logits) == 1 and logits.device.type == "cpu":  # a lone row's sum is shared out among threads, that of several is not
-        return likeliest(torch.cat([logits, logits]))[:, :1]
     rows = torch.nan_to_num(logits.float(), nan=-HUGE, posinf=HUGE, neginf=-HUGE)
     best = torch.argmax(rows, -1)
-    logprobs = torch.gather(rows, -1, best[:, None])[:, 0] - torch.logsumexp(rows, -1)
-    return torch.stack([best.double(), logprobs.double()])  # one wait for a GPU instead of two
+    # Summed in double: a lone row is summed in another order than one of many, and a float32 would show it.
+    behind = torch.exp(rows - torch.gather(rows, -1, best[:, None])).sum(-1, dtype=torch.float64)
+    return torch.stack([best.double(), -torch.log(behind).float().double()])  # one wait for a GPU instead of two
 
 
 def choices(found: Tensor) -> List[Choice]:

@@ -5,6 +5,8 @@ import asyncio
 import pytest
 
 pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
+import torch  # noqa: E402
+
 from serve.embedded import batching  # noqa: E402
 from serve.embedded.row import Job  # noqa: E402
 from serve.embedded.validation import Accepted, Sampling  # noqa: E402
@@ -208,3 +210,28 @@ def test_prompt_logprobs_do_not_depend_on_the_pieces(parts, scheduler, monkeypat
     play(scheduler, work(pieces))
     assert [one.id for one in pieces.prefill] == ids and pieces.prefill[0].logprob is None
     assert [one.logprob for one in pieces.prefill[1:]] == pytest.approx([one.logprob for one in whole.prefill[1:]], abs=1e-4)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_events_are_written_while_a_gpu_computes_the_next_token(tmp_path, monkeypatch, recorded):
+    """A recorded pass is launched and runs by itself: what came before it is handed over then, and at once where nobody runs on."""
+    parts = tiny_parts(tmp_path)
+    engine, scheduler, seen = parts[0], scheduler_of(parts), []
+    if recorded:
+        with torch.inference_mode():
+            engine.record(lambda: lambda run: run)
+    decode, deliver = engine.decode, scheduler._deliver
+    monkeypatch.setattr(engine, "decode", lambda *how: (decode(*how), seen.append("launched"))[0])
+    monkeypatch.setattr(scheduler, "_deliver", lambda: (seen.append(len(scheduler._out)), deliver()))
+    one = job([5, 6, 7], 4, stream=True)
+
+    async def alone():
+        scheduler.submit(one)
+        return await ended(one)
+
+    assert len(play(scheduler, alone())) == 4
+    seen = [what for what in seen if what]
+    if recorded:
+        assert seen == ["launched", 1, "launched", 1, "launched", 1, 1]
+    else:
+        assert seen == ["launched", 2, "launched", 1, "launched", 1]

@@ -5,8 +5,10 @@ import pytest
 pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
 import torch  # noqa: E402
 
-from serve.embedded import alibi, fused  # noqa: E402
+from serve.embedded import alibi, attention, fused  # noqa: E402
+from serve.embedded.cache import SlotCache, Step  # noqa: E402
 from serve.embedded.engine import Engine  # noqa: E402
+from tests import greedy  # noqa: E402
 from tests.models import make_hf, tiny_config  # noqa: E402
 
 CASES = {
@@ -23,14 +25,31 @@ def no_gradients():
 
 
 @pytest.mark.parametrize("heads", [4, 6])
-def test_alibi_with_kept_slopes_is_the_same(tmp_path, heads):
-    model = make_hf(tmp_path, tiny_config("bloom", hidden_size=96, n_head=heads))
-    mask = (torch.arange(9) < torch.tensor([[9], [4]])).long()
-    wanted = model.transformer.build_alibi_tensor(mask, heads, torch.float32)
-    assert alibi.keep_slopes(model) and not alibi.keep_slopes(make_hf(tmp_path, CASES["llama"]))
-    found = model.transformer.build_alibi_tensor(mask, heads, torch.float32)
-    visible = mask.bool().repeat_interleave(heads, 0)[:, None]
-    assert found.shape == wanted.shape and torch.equal(found[visible], wanted[visible])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bloom_with_our_attention_is_the_same(tmp_path, heads, dtype):
+    model = make_hf(tmp_path, tiny_config("bloom", hidden_size=96, n_head=heads)).to(dtype)
+    ids = torch.arange(5, 60)[None]
+    plain = model(ids, use_cache=False).logits
+    cache = SlotCache()
+    undo = alibi.take(model, attention.register("here", cache))
+    cache.step = Step(0, [0], [ids.shape[1]], False, ids.device)
+    mask = torch.zeros(1, 1, 1, 1, dtype=dtype)
+    ours = model(input_ids=ids, past_key_values=cache, use_cache=True, attention_mask=mask).logits
+    assert (ours - plain).abs().max() <= plain.abs().max() * (1e-5 if dtype == torch.float32 else 1e-2)
+    undo()
+    assert torch.equal(model(ids, use_cache=False).logits, plain)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_bloom_whose_attention_is_another_keeps_its_own(tmp_path, monkeypatch, recorded):
+    assert alibi.take(make_hf(tmp_path / "llama", CASES["llama"]), None) is None
+    monkeypatch.setattr(alibi._Attention, "__call__", lambda self, hidden_states, *given, **named: (hidden_states, None))
+    model = make_hf(tmp_path / "bloom", CASES["bloom"])
+    engine = Engine(str(tmp_path / "bloom"))
+    if recorded:
+        engine.record(lambda: lambda run: run)
+    assert engine.attention == "the model's own" and engine.graphs is recorded
+    assert greedy.of_engine(engine, [5, 6, 7], 4)[0] == greedy.of_model(model, [5, 6, 7], 4)
 
 
 @pytest.fixture

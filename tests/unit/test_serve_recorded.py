@@ -7,12 +7,14 @@ import torch  # noqa: E402
 
 from serve.embedded import attention  # noqa: E402
 from serve.embedded.engine import Engine  # noqa: E402
-from serve.embedded.recorded import ROWS, WIDTHS  # noqa: E402
+from serve.embedded.recorded import Recorded  # noqa: E402
 from serve.embedded.sampling import likeliest  # noqa: E402
 from tests import greedy  # noqa: E402
 from tests.models import make_hf, tiny_config  # noqa: E402
 
 LLAMA = tiny_config("llama", max_position_embeddings=512)
+LONG = tiny_config("llama", max_position_embeddings=2048)
+ROOM = Recorded.room
 
 
 @pytest.fixture(autouse=True)
@@ -110,84 +112,83 @@ def test_the_likeliest_tokens_come_with_a_pass(tmp_path):
     assert engine.best is None
 
 
-def planted(monkeypatch, wide, many):
-    """An attention that computes small passes in another way."""
+def by_size(q, k, v, attn_mask=None, **how):
+    """An attention that computes the passes of some sizes in another way."""
+    found = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **how)
+    return found * 1.00001 if q.shape[2] == 1 and (len(q) in (2, 8) or k.shape[2] > 512) else found
+
+
+def always_alike(q, k, v, attn_mask=None, **how):
+    """In double precision, whose last bits a float does not show."""
+    scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + attn_mask).double()
+    return (scores.softmax(-1) @ v.double()).to(q.dtype)
+
+
+def test_a_kernel_whose_bits_depend_on_the_size_gives_way_to_one_whose_do_not(tmp_path, monkeypatch, caplog):
+    """As on a GPU without Triton: torch's choice goes by size; its memory-efficient kernel, which a CPU does not have, does not."""
+    chosen = []
+
+    def sdpa(q, *given, **how):
+        chosen.append(not torch.backends.cuda.flash_sdp_enabled() and q.shape[2] == 1)
+        return (always_alike if chosen[-1] else by_size)(q, *given, **how)
+
+    monkeypatch.setattr(attention, "sdpa", sdpa)
+    engine, model = made(tmp_path, LONG)
+    assert "depend on how many" not in caplog.text
+    del chosen[:]
+    engine.prefill(0, [5] * 50, 0)
+    assert not any(chosen)
+    alone = engine.decode([7], [50])[0].clone()
+    assert all(chosen[-2:])
+    for neighbours in ([300], [60, 600, 60, 60], [60] * 63, [1200]):
+        engine.prefill(0, [5] * 50, 0)
+        assert torch.equal(engine.decode([7] + [8] * len(neighbours), [50] + neighbours)[0], alone)
+    assert greedy.of_engine(engine, [5, 6, 7], 4)[0] == greedy.of_model(model, [5, 6, 7], 4)
+
+
+@pytest.mark.parametrize("where", ["rows", "width", "place", "prompt", "never"])
+def test_where_the_company_decides_it_is_said(tmp_path, monkeypatch, caplog, where):
     plain = attention.sdpa
 
-    def by_size(q, k, v, **how):
-        small = 64 < k.shape[2] < wide or len(q) < many
-        return plain(q, k, v, **how) * (1.00001 if small and q.shape[2] == 1 else 1)
+    def sdpa(q, k, v, attn_mask=None, **how):
+        found = plain(q, k, v, attn_mask=attn_mask, **how)
+        decode = q.shape[2] == 1
+        other = {
+            "rows": decode and len(q) == 64,
+            "width": decode and k.shape[2] >= 512,
+            "place": decode and len(q) == 2,
+            "prompt": not decode and k.shape[2] > 64,
+            "never": True,
+        }[where]
+        if where == "place" and other:
+            return torch.cat([found[:1], found[1:] * 1.00001])
+        return found + torch.rand(()) * 1e-6 if other else found
 
-    monkeypatch.setattr(attention, "sdpa", by_size)
-
-
-@pytest.mark.parametrize("wide, many", [(128, 1), (256, 1), (1024, 1), (128, 4), (256, 4)])
-def test_no_pass_is_so_small_that_its_size_changes_a_bit(tmp_path, monkeypatch, wide, many):
-    """What a row gets must not depend on its neighbours."""
-    planted(monkeypatch, wide, many)
-    engine, _ = made(tmp_path, tiny_config("llama", max_position_embeddings=2048))
-    assert engine._recorded.alike == {(n, width) for n in ROWS for width in WIDTHS if n >= many and width >= wide}
-    engine.prefill(0, [5] * 50, 0)
-    alone = engine.decode([7], [50])[0].clone()
-    for neighbours in ([300], [60, 600, 60, 60], [60] * 70, [1200]):
-        engine.prefill(0, [5] * 50, 0)
-        tokens, lengths = [7] + [8] * len(neighbours), [50] + neighbours
-        assert torch.equal(engine.decode(tokens, lengths)[0], alone)
-
-
-def test_what_would_cost_too_much_is_not_done_but_said(tmp_path, monkeypatch, caplog):
-    planted(monkeypatch, wide=1024, many=64)
-    engine, model = made(tmp_path, tiny_config("llama", max_position_embeddings=128))
-    assert engine._recorded.alike == {(64, 1024)} and not engine._recorded.independent
-    assert "this device's attention depends on how many requests there are" in caplog.text
+    monkeypatch.setattr(attention, "sdpa", sdpa)
+    engine, model = made(tmp_path, LONG)
+    assert "the last bits depend on how many requests there are" in caplog.text
     assert greedy.of_engine(engine, [5, 6, 7], 4)[0] == greedy.of_model(model, [5, 6, 7], 4)
     assert engine._cache.size == (1, 192)
 
 
-def test_a_kernel_whose_bits_depend_on_the_size_gives_way_to_one_whose_do_not(tmp_path, monkeypatch, caplog):
-    """As planted for a GPU: cuDNN's by size; torch's memory-efficient one, which a CPU does not have, always alike."""
-    planted(monkeypatch, wide=1024, many=64)
-    by_size, seen = attention.sdpa, []
-
-    def by_kernel(q, k, v, attn_mask=None, **how):
-        chosen = not torch.backends.cuda.flash_sdp_enabled()
-        seen.append(chosen)
-        if not chosen:
-            return by_size(q, k, v, attn_mask=attn_mask, **how)
-        assert torch.backends.cuda.mem_efficient_sdp_enabled() and not torch.backends.cuda.math_sdp_enabled()
-        scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + attn_mask).double()
-        return (scores.softmax(-1) @ v.double()).to(q.dtype)
-
-    monkeypatch.setattr(attention, "sdpa", by_kernel)
-    engine, model = made(tmp_path, tiny_config("llama", max_position_embeddings=2048))
-    assert engine._recorded.kernel == torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION and engine._recorded.independent
-    assert "depends on how many" not in caplog.text
-    del seen[:]
-    engine.prefill(0, [5] * 50, 0)
-    assert not any(seen)
-    alone = engine.decode([7], [50])[0].clone()
-    assert all(seen[-2:])
-    for neighbours in ([300], [60] * 70):
-        engine.prefill(0, [5] * 50, 0)
-        assert torch.equal(engine.decode([7] + [8] * len(neighbours), [50] + neighbours)[0], alone)
-
-
-def test_a_device_that_never_gives_the_same_bits_is_served(tmp_path, monkeypatch, caplog):
-    plain = attention.sdpa
-    monkeypatch.setattr(attention, "sdpa", lambda q, k, v, **how: plain(q, k, v, **how) + torch.rand(1) * 1e-6)
-    engine, model = made(tmp_path)
-    assert engine._recorded.alike == {(64, 1024)} and "almost equal tokens" in caplog.text
-    assert greedy.of_engine(engine, [5, 6, 7], 4)[0] == greedy.of_model(model, [5, 6, 7], 4)
-
-
 def test_where_that_cannot_be_tried_it_is_said(tmp_path, monkeypatch, caplog):
-    def fails(*args):
+    def fails(self, rows, columns):
         raise RuntimeError("CUDA out of memory\nand more")
 
-    monkeypatch.setattr(attention, "alike", fails)
+    monkeypatch.setattr(Recorded, "room", lambda self, *size: fails(self, *size) if size[0] > 3 else ROOM(self, *size))
     engine, model = made(tmp_path)
-    assert "whether a row's attention is the same in any company could not be tried: CUDA out of memory" in caplog.text
+    assert "what a row gets in company could not be tried: CUDA out of memory" in caplog.text
     assert greedy.of_engine(engine, [5, 6, 7], 4)[0] == greedy.of_model(model, [5, 6, 7], 4)
+
+
+def test_a_company_that_would_not_fit_is_not_tried(tmp_path, monkeypatch):
+    rows = set()
+    monkeypatch.setattr(Recorded, "room", lambda self, *size: rows.add(size[0]) or ROOM(self, *size))
+    make_hf(tmp_path, LLAMA)
+    engine = Engine(str(tmp_path))
+    monkeypatch.setattr("serve.embedded.engine.free_memory", lambda device: 2 * 64 * 250 * engine.kv_bytes)
+    engine.record(lambda: lambda run: run)
+    assert rows == {1, 2, 8}
 
 
 def test_passes_share_the_place_of_their_results(tmp_path):
