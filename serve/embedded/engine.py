@@ -231,7 +231,7 @@ class Engine:
                 logits = self.decode([ids[-back] for ids in samples], [len(ids) - back for ids in samples])
                 for row, values in enumerate(logits):
                     got[row].append(values.clone())  # a recorded pass writes its result into the same place again
-        except Exception as error:  # a model of any kind, or a compiler: what they raise is theirs
+        except Exception as error:  # noqa: BLE001 - a model of any kind, or Triton's compiler: what they raise is theirs
             return str(error) or type(error).__name__
         finally:
             self.kv_bytes = self._cache.bytes_per_token
