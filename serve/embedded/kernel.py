@@ -115,7 +115,9 @@ def decode(
         out
     ] * 3
     q = q[:, :, 0].unflatten(1, (k.shape[1], groups))
-    shape: Any = dict(VALUES=values, F=_power(values), CHUNKS=chunks, CHUNK=CHUNK, BLOCK=BLOCK, WINDOW=window or 0)
+    shape: Any = {
+        "VALUES": values, "F": _power(values), "CHUNKS": chunks, "CHUNK": CHUNK, "BLOCK": BLOCK, "WINDOW": window or 0,
+    }  # fmt: skip
     _chunk[(rows, k.shape[1], chunks)](
         q, k, v, q if slopes is None else slopes, columns, out, *parts, limit, scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
