@@ -29,5 +29,5 @@ def case_of(path: str, pairs: Tuple[str, ...], steps: int, say: Callable[[str], 
         "ours", raw, seq, run.batch.micro, run.micro_batches, parallel.pipe, parallel.data,
         parts=None if isinstance(parts, str) else list(parts),
         dtype=run.model.dtype, recompute=parallel.recompute,
-        compile=run.run.compile, optim=run.optim.type, steps=steps, documents=documents,
+        compile=run.run.compile, fp8=run.run.fp8, optim=run.optim.type, steps=steps, documents=documents,
     )  # fmt: skip

@@ -79,7 +79,7 @@ def _row(case: Case, running: Any, seconds: List[float], totals: List[int], loss
         "engine": case.engine, "family": dims.family, "blocks": dims.blocks, "hidden": dims.hidden,
         "seq": case.seq, "micro": case.micro,
         "micro_batches": case.micro_batches, "pipe": case.pipe, "data": case.data, "dtype": case.dtype, "recompute": case.recompute,
-        "compile": case.compile, "packed": running.packs, "card": card, "world": len(everyone),
+        "compile": case.compile, "fp8": case.fp8, "packed": running.packs, "card": card, "world": len(everyone),
         "step_s": sorted(seconds)[len(seconds) // 2], "all_s": [round(s, 4) for s in seconds], "first_step_s": round(first_s, 3),
         "tokens_per_s": tokens / whole, "learnt_tokens_per_s": learnt / whole, "positions_per_s": positions / whole,
         "mfu": plan.step_flops(dims, tokens, pairs) / whole / top if top else None,

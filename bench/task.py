@@ -25,6 +25,7 @@ class Case:
     dtype: str = "bf16"
     recompute: str = "none"
     compile: bool = False
+    fp8: bool = False
     optim: str = "adamw"
     keep: bool = False
     steps: int = 3
@@ -42,7 +43,7 @@ class Case:
     def settings(self) -> Dict[str, Any]:
         """The same as a run.yaml, for pipeline_train.config.parse."""
         return {
-            "run": {"out": "unused", "compile": self.compile},
+            "run": {"out": "unused", "compile": self.compile, "fp8": self.fp8},
             "model": {"path": "unused", "init": "random", "dtype": self.dtype},
             "data": {"train": "unused", "seq_len": self.seq},
             "parallel": {"pipe": self.pipe, "data": self.data, "recompute": self.recompute, "parts": self.parts or "auto"},

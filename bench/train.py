@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
 from pipeline_train import compat, config, families, plan
-from pipeline_train.device import resolve_device
+from pipeline_train.device import check_fp8_sizes, resolve_device
 from pipeline_train.errors import RunFailed, UserError
 from pipeline_train.network import free_port
 
@@ -30,6 +30,8 @@ def checked(case: Case, say: Say) -> Tuple[Case, bool]:
     run = config.parse(case.settings())
     gpus = resolve_device(run, compat.versions(), "bench train", say)
     dims = families.dims_of(case.model)
+    if case.fp8:
+        check_fp8_sizes(dims)
     plan.bounds(dims, case.pipe, run.parallel.parts, case.seq)
     if dims.max_positions is not None and case.seq > dims.max_positions:
         raise UserError("--seq-len %d: the model has %d positions" % (case.seq, dims.max_positions))
@@ -45,7 +47,7 @@ def bench(case: Case, peers: bool, cuda: bool, say: Say) -> List[Row]:
     say(line(ours))
     rows = [ours]
     for engine in (ALONE if case.world == 1 else TOGETHER) if peers else ():
-        best = tuned(replace(case, engine=engine, compile=False), cuda, say)
+        best = tuned(replace(case, engine=engine, compile=False, fp8=False), cuda, say)
         rows.append(best)
     for row in rows:
         if "tokens_per_s" in row:

@@ -5,15 +5,16 @@ makes an fp32 copy of each before it adds that to the sum: 28 bytes of memory tr
 that stay. Here matrices add in the product itself (models/summed.py), the few numbers of norms and biases as each gradient comes.
 """
 
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import torch
 
 from .models import layers
 
 
-def into_sums(optimizer: Any, model: torch.nn.Module) -> None:
-    """``optimizer``: DeepSpeed's BF16_Optimizer of ``model``. Only one model of a process trains. Needs compat.has_custom_ops."""
+def into_sums(optimizer: Any, model: torch.nn.Module, blocks: Sequence[torch.nn.Module] = ()) -> None:
+    """``optimizer``: DeepSpeed's BF16_Optimizer of ``model``. Only one model of a process trains. Needs compat.has_custom_ops.
+    ``blocks``: those whose products are to be in fp8."""
     totals = {
         parameter: total
         for parameters, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients)
@@ -26,6 +27,8 @@ def into_sums(optimizer: Any, model: torch.nn.Module) -> None:
             module.sums = True
             in_products.add(module.weight)
             layers.summed.SUMS[module.weight.data_ptr()] = totals[module.weight].view(module.weight.shape)
+    for module in (module for block in blocks for module in block.modules() if isinstance(module, layers.Linear)):
+        module.fp8 = True
     for parameter, total in totals.items():
         parameter._hp_grad = total  # what DeepSpeed's tied reduction looks at
         if parameter not in in_products:

@@ -107,11 +107,12 @@ def notes(found: Dict[str, Optional[str]]) -> List[str]:
 
 
 class Gpus(NamedTuple):
-    """CUDA devices torch can use: how many, the first one's name, whether all of them compute in bf16."""
+    """CUDA devices torch can use: how many, the first one's name, whether all of them compute in bf16, in fp8."""
 
     number: int
     name: str
     bf16: bool
+    fp8: bool = False
 
 
 def gpus() -> Gpus:
@@ -124,7 +125,7 @@ def gpus() -> Gpus:
         return Gpus(0, "", False)
     code = (
         "import json, torch; n = torch.cuda.device_count(); print(json.dumps([n, torch.cuda.get_device_name(0) if n else '',"
-        " all(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(n))]))"
+        " *(all(torch.cuda.get_device_capability(i) >= least for i in range(n)) for least in ((8, 0), (8, 9)))]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:

@@ -17,6 +17,7 @@ class Run(Section):
     hang_s: int = 40  # a rank without a sign of life for so long ends the run
     self_test: bool = True  # once per new environment, before step 1
     compile: bool = False  # blocks, head and loss through torch.compile, on GPUs with FlexAttention
+    fp8: bool = False  # of bf16 runs: the blocks' products but for the weights' gradients, on cards that have it
     trace: bool = False  # one step, instruction by instruction, into <out>/trace.json
     wandb: Union[bool, str] = False  # true, or the project's name
 

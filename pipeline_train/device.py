@@ -7,6 +7,7 @@ from typing import Callable, Dict, Optional, Tuple
 from . import compat, deepspeed_keys, hostfile, native, sinks
 from .config_schema import RunConfig
 from .errors import UserError
+from .families import Dims
 
 Say = Callable[[str], None]  # takes a line for the user
 
@@ -56,6 +57,10 @@ def resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str, 
         compat.check_selective(found["torch"])
     if run.run.compile:
         compat.check_compile(found["torch"], gpus.number)
+    if run.run.fp8:
+        check_fp8(found["torch"], gpus, run.model.dtype, run.parallel.offload)
+        if not run.run.compile:
+            say("run.fp8: without run.compile the rounding takes longer than the products save")
     if run.optim.type == "lion" and native.without_lion():
         raise UserError("%s: optim.type: %s; install it, or use adamw" % (where, native.without_lion()))
     if run.optim.type == "lion" and run.optim.use_triton is True and native.without_triton(gpus.number):
@@ -67,3 +72,22 @@ def resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str, 
         say("parallel.offload: has no effect on the CPU")
         run.parallel.offload = False
     return gpus.number
+
+
+def check_fp8(torch_version: Optional[str], gpus: compat.Gpus, dtype: str, offload: bool) -> None:
+    """Raises UserError where a run cannot have run.fp8. On a CPU it can: the same numbers, slower than without."""
+    if dtype != "bf16":
+        raise UserError("run.fp8: is for bf16 runs, and model.dtype is %s; leave one of them out" % dtype)
+    if offload:
+        raise UserError("run.fp8: does not go with parallel.offload; leave one of them out")
+    if torch_version is None or compat.release(torch_version) < (2, 8):
+        raise UserError("run.fp8: torch %s has not all that it needs, 2.8 and later have; leave it out" % torch_version)
+    if gpus.number and not gpus.fp8:
+        raise UserError("run.fp8: %s has no fp8, cards since Ada and Hopper have; leave it out" % gpus.name)
+
+
+def check_fp8_sizes(dims: Dims) -> None:
+    """Raises UserError for matrices that a card cannot multiply in fp8."""
+    for name, size in (("hidden", dims.hidden), ("feed-forward", dims.ffn), ("query", dims.q_size), ("key", dims.kv_size)):
+        if size % 16:
+            raise UserError("run.fp8: sizes must be multiples of 16, and the model's %s size is %d; leave it out" % (name, size))

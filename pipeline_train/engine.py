@@ -11,6 +11,7 @@ from .config_schema import RunConfig
 from .families.base import Dims
 from .instructions import Watched
 from .manifest import MOMENTS
+from .models import layers
 from .optimizer import build as optimizer_of
 from .optimizer import set_step
 from .plan.memory import REDUCE_BUCKET
@@ -115,7 +116,7 @@ class Pipeline:
         compat.stop_timing(self.engine)
         if config.model.dtype == "bf16" and not parallel.offload:
             if compat.has_custom_ops():
-                accumulate.into_sums(self.engine.optimizer, self.stage)
+                accumulate.into_sums(self.engine.optimizer, self.stage, self.stage.blocks if config.run.fp8 else ())
             # Without replicas there is nothing to average, but DeepSpeed would still round the fp32 sums to bf16 and back.
             self.engine.pipeline_enable_backward_allreduce = parallel.data > 1
         self.watched = Watched(self.engine, pulse or Pulse.inherited(), cuda, fp16=config.model.dtype == "fp16")
@@ -151,6 +152,8 @@ class Pipeline:
 
         Raises instructions.NotFinite, on every rank and with all weights as they were, unless the run is fp16."""
         self._aim(learnt_tokens)
+        if self.config.run.fp8:
+            layers.fp8.forget()  # the last step, or a checkpoint, has changed the weights
         for group in self.groups:
             group["lr"] = rate
         scale = float(self.loss_scaler.cur_scale) if self.loss_scaler is not None else None

@@ -137,6 +137,10 @@ class Stage(PipelineModule):
         if dims.tied:
             self._tie(topology)
 
+    @property
+    def blocks(self) -> List[torch.nn.Module]:
+        return [module for layer, module in self.layers.items() if self.dims.kind_of(layer) == "block"]
+
     def _partition_layers(self, method: str = "explicit") -> None:
         """DeepSpeed's methods cannot take a list of layer counts in any version; this is the hook they would go through."""
         self.parts = self.boundaries

@@ -28,6 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--recompute", choices=flags.RECOMPUTE, default="none")
     train.add_argument("--optim", choices=["adamw", "lion"], default="adamw")
     train.add_argument("--compile", action="store_true", help="run.compile")
+    train.add_argument("--fp8", action="store_true", help="run.fp8")
     train.add_argument("--steps", type=int, default=3, metavar="N", help="that are timed; default 3")
     train.add_argument("--peers", action="store_true", help="also the ancestor's way and transformers alone, or ZeRO-3 and FSDP2")
     convert = what.add_parser("convert", help="from-hf and to-hf of a synthetic model against cp of the same files")
@@ -117,7 +118,7 @@ def _case(args: argparse.Namespace) -> Any:
         model, blocks = ("llama-7b", blocks or 8) if card_here() else ("llama-tiny", blocks)
     return Case(
         "ours", model_of(model, blocks), args.seq_len, args.micro, args.micro_batches, args.pipe, args.data,
-        dtype=args.dtype or "auto", recompute=args.recompute, compile=args.compile, optim=args.optim,
+        dtype=args.dtype or "auto", recompute=args.recompute, compile=args.compile, fp8=args.fp8, optim=args.optim,
         steps=args.steps, documents=drawn(args.documents, args.seq_len),
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from . import flags
 
-MODEL_ONLY = ("gpus", "data", "parts", "seq_len", "micro", "micro_batches", "optim", "dtype", "recompute", "offload", "compile")
+MODEL_ONLY = tuple("gpus data parts seq_len micro micro_batches optim dtype recompute offload compile fp8".split())
 HELP = "what a training run needs: GPUs, memory per stage, balance, bubble, tokens per second"
 DEFAULT_GPU = "h100-80g"
 COLUMNS = ("weights", "grads", "optimizer", "activations", "buffers", "total")
@@ -36,6 +36,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: bf16 where the card has it, else fp16")
     model.add_argument("--recompute", choices=flags.RECOMPUTE, help="default: none")
     model.add_argument("--compile", action="store_true", help="blocks through torch.compile (run.compile)")
+    model.add_argument("--fp8", action="store_true", help="two of three products of the blocks in fp8 (run.fp8)")
     model.add_argument("--offload", action="store_true", help="optimizer in host memory")
 
 
@@ -79,7 +80,7 @@ def _from_config(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
         "gpus": loaded.world, "parts": parallel.parts, "seq_len": seq_len, "micro": loaded.batch.micro, "data": parallel.data,
         "micro_batches": loaded.micro_batches, "dtype": None if loaded.model.dtype == "auto" else loaded.model.dtype,
         "optim": loaded.optim.type, "recompute": parallel.recompute, "offload": parallel.offload,
-        "compile": loaded.run.compile, "from_file": True,
+        "compile": loaded.run.compile, "fp8": loaded.run.fp8, "from_file": True,
     }  # fmt: skip
 
 
@@ -99,7 +100,7 @@ def _from_options(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
             wish["parts"] = [int(number) for number in args.parts.strip("[]").split(",")]
         except ValueError:
             raise UserError("--parts: expected layers per stage such as 1,5,5,1 or auto, got %r" % args.parts) from None
-    return dims, dict(wish, offload=args.offload, compile=args.compile)
+    return dims, dict(wish, offload=args.offload, compile=args.compile, fp8=args.fp8)
 
 
 def config_json(model: str) -> Dict[str, Any]:
@@ -138,7 +139,7 @@ def text(document: Dict[str, Any]) -> str:
     head += ", %(dtype)s, %(optim)s%%s, rows of %(seq_len)d, micro-batch %(micro)d x %(micro_batches)d"
     extras = {"none": "", "selective": ", recompute selective", "blocks": ", recompute"}[document["recompute"]]
     extras += ", offload" if document["offload"] else ""
-    extras += ", compiled" if document["compile"] else ""
+    extras += (", compiled" if document["compile"] else "") + (", fp8" if document["fp8"] else "")
     lines = [head % document % (document["params"] / 1e9, extras), "", _line("stage", "layers", "params", "FLOPs", *COLUMNS)]
     for number, stage in enumerate(document["stages"]):
         first, last = stage["layers"]

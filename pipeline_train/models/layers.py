@@ -12,17 +12,20 @@ from torch import nn
 from .. import compat
 
 summed: Any = importlib.import_module(".summed", __package__) if compat.has_custom_ops() else None
+fp8: Any = importlib.import_module(".fp8", __package__) if compat.has_wide_products() else None
 
 
 class Linear(nn.Linear):
     """nn.Linear without the random start, which costs a minute for a 7B model and is overwritten anyway.
 
-    ``sums``: the weight's gradient goes to where summed.SUMS says, not into ``weight.grad``."""
+    ``sums``: the weight's gradient goes to where summed.SUMS says, not into ``weight.grad``; ``fp8``: see there, needs ``sums``."""
 
-    sums = False
+    sums = fp8 = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return summed.linear(x, self.weight, self.bias) if self.sums and torch.is_grad_enabled() else super().forward(x)
+        if not self.sums or not torch.is_grad_enabled():
+            return super().forward(x)
+        return (fp8 if self.fp8 else summed).linear(x, self.weight, self.bias)
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, float("nan"))

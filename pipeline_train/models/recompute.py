@@ -8,7 +8,7 @@ from typing import Any, Callable
 import torch
 from torch.utils import checkpoint as checkpoints
 
-KEPT = ("aten::mm", "aten::addmm", "flex_attention")  # and every kind of scaled_dot_product_attention
+KEPT = ("aten::mm", "aten::addmm", "pipedock::fp8_product", "flex_attention")  # and every kind of scaled_dot_product_attention
 FUSED = "aten::_scaled_dot_product"
 # torch.compile warns that a selective block must not write in place into what came from outside; ours do not.
 logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn is passed" not in record.getMessage())

@@ -20,14 +20,19 @@ SUMS: Dict[int, torch.Tensor] = {}
 WIDE = compat.has_wide_products()
 
 
-@torch.library.custom_op("pipedock::input_gradient", mutates_args=())
-def _input_gradient(upstream: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """upstream[N,O] weight[O,I] -> [N,I]; and upstream^T x[N,I] joins the weight's sum, which torch.compile does not know of."""
+def add_product(upstream: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """upstream[N,O]^T x[N,I] joins the sum of weight[O,I]'s gradients."""
     total = SUMS[weight.data_ptr()]
     if total.is_cuda and WIDE:
         torch.addmm(total, upstream.t(), x, out_dtype=torch.float32, out=total)
     else:
         total.add_(upstream.t() @ x)
+
+
+@torch.library.custom_op("pipedock::input_gradient", mutates_args=())
+def _input_gradient(upstream: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """upstream[N,O] weight[O,I] -> [N,I]; and upstream^T x[N,I] joins the weight's sum, which torch.compile does not know of."""
+    add_product(upstream, x, weight)
     return upstream @ weight
 
 

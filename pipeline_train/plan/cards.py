@@ -15,7 +15,7 @@ class Gpu(NamedTuple):
     """``gib``: what CUDA can hand out (ECC and firmware taken off). ``tflops``: dense fp16 or bf16. ``gbs``: memory bandwidth,
     10^9 bytes a second. ``bf16``: computes in it. ``link``: how most boxes connect it. ``mfu``: the share of ``tflops`` that the
     blocks' arithmetic reaches, recomputation counted as work; ``source``: where that comes from. ``compiled``: the same with
-    run.compile, None where nobody has measured it."""
+    run.compile, ``fp8``: and with run.fp8, of the same peak; None where nobody has measured it."""
 
     gib: float
     tflops: float
@@ -25,6 +25,7 @@ class Gpu(NamedTuple):
     mfu: float
     source: str
     compiled: Optional[float] = None
+    fp8: Optional[float] = None
 
 
 COMPILED = "measured with run.compile on an H200, benchmarks/results"
@@ -43,11 +44,12 @@ GPUS = {
     "l40s": Gpu(44.32, 362, 864, True, "pcie4", 0.35, ASSUMED),
     "4090": Gpu(23.53, 165, 1008, True, "pcie4", 0.40, ASSUMED),
     "5090": Gpu(31.36, 210, 1792, True, "pcie5", 0.40, ASSUMED),
-    "h100-80g": Gpu(79.10, 989, 3350, True, "nvlink", 0.355, MEASURED, 0.60),
-    "h200": Gpu(139.72, 989, 4800, True, "nvlink", 0.355, ASSUMED, 0.60),
+    "h100-80g": Gpu(79.10, 989, 3350, True, "nvlink", 0.355, MEASURED, 0.60, 0.75),
+    "h200": Gpu(139.72, 989, 4800, True, "nvlink", 0.355, ASSUMED, 0.60, 0.75),
     "b200": Gpu(178.35, 2250, 8000, True, "nvlink", 0.30, ASSUMED),
 }  # type: Dict[str, Gpu]
 ALIASES = {"v100": "v100-32g", "a100": "a100-80g", "h100": "h100-80g", "a10": "a10-24g", "a6000": "a6000-48g"}
+FP8 = ("l4", "l40s", "4090", "5090", "h100-80g", "h200", "b200")
 PINNED = ("v100", "t4")  # cards that the pinned stack is for: the current one has no code for them
 
 # What CUDA calls a card -> our name; the first part that occurs in it. Memory decides between two sizes.
@@ -140,9 +142,11 @@ def peak_flops(device: str) -> float:
     return GPUS[names[0]].tflops * 1e12 if names else 0.0
 
 
-def share_of_peak(name: str, compiled: bool) -> Tuple[float, str]:
+def share_of_peak(name: str, compiled: bool, fp8: bool = False) -> Tuple[float, str]:
     """What a card's arithmetic reaches of its peak, and where that number comes from."""
     card = GPUS[name]
+    if compiled and fp8 and card.fp8 is not None:
+        return card.fp8, COMPILED.replace("run.compile", "run.compile and run.fp8")
     return (card.compiled, COMPILED) if compiled and card.compiled is not None else (card.mfu, card.source)
 
 

@@ -10,6 +10,7 @@ number of parameters, D the number of replicas (ZeRO-1 gives each 1/D of the opt
  current, fp32      4        4                12/D                  4/D: the gradient flat
  pinned, fp16       2        2                12/D                  as above; then, gradients gone, fp32 gradient 4/D and 8/D
                                                                     of torch 1.13's AdamW, which is not fused: two temporaries
+run.fp8 adds 2 bytes for each parameter of a block's matrices (models/fp8.py).
 In bf16 the product that makes a matrix's gradient adds it to the sum (accumulate.py); with offload ZeRO-1 adds each as it comes.
 Sources: DeepSpeed 0.19.8 and 0.9.2 runtime/zero/stage_1_and_2.py and runtime/bf16_optimizer.py (step, reduction, norm),
 runtime/pipe/engine.py (buffers), runtime/pipe/schedule.py (1F1B), torch/optim/adamw.py; engine.py of this package (settings).
@@ -43,6 +44,7 @@ class Setup(NamedTuple):
     offload: bool = False
     stack: str = "current"
     compiled: bool = False
+    fp8: bool = False
 
     @property
     def again(self) -> bool:
@@ -72,7 +74,7 @@ def setup_of(run: Any, stack: str) -> Setup:
     """From a RunConfig whose seq_len and dtype are resolved."""
     parallel, batch = run.parallel, run.batch
     return Setup(run.data.seq_len, batch.micro, run.micro_batches, parallel.pipe, parallel.data, run.model.dtype, run.optim.type,
-                 parallel.recompute, parallel.offload, stack, run.run.compile)  # fmt: skip
+                 parallel.recompute, parallel.offload, stack, run.run.compile, run.run.fp8)  # fmt: skip
 
 
 class Bytes(NamedTuple):
@@ -127,6 +129,10 @@ class Sizes:
     def matrix_elements(self, part: Part) -> int:
         return self._total(self.matrices, part)
 
+    def fp8_copies(self, part: Part) -> int:
+        """Bytes of models/fp8.py's two copies of each block's matrices."""
+        return 2 * part.blocks * self.matrices[1]
+
     def largest_matrix(self, part: Part) -> int:
         here = (part.embed, part.blocks > 0, part.head)
         return max(size for size, present in zip(self.largest, here) if present)
@@ -136,6 +142,7 @@ def stage_bytes(sizes: Sizes, setup: Setup, stage: int, start: int, end: int) ->
     """Memory of layers [start, end) as stage number ``stage`` of ``setup.pipe``."""
     part = sizes.part(start, end)
     weights, grads, optimizer = static_bytes(sizes.parameters(part), setup)
+    weights += sizes.fp8_copies(part) if setup.fp8 else 0
     activations = running_bytes(sizes, setup, stage, part)[0]
     peak = max(moments(sizes, setup, stage, start, end))
     return Bytes(weights, grads, optimizer, activations, peak - weights - grads - optimizer - activations)
@@ -148,7 +155,8 @@ def moments(sizes: Sizes, setup: Setup, stage: int, start: int, end: int) -> Tup
     computing = sum(static_bytes(params, setup)) + running_bytes(sizes, setup, stage, part)[1]
     logits = setup.shape.tokens * sizes.dims.vocab * setup.width if part.head else 0
     stepping = step_bytes(sizes, setup, part, params) + min(2, setup.micro_batches) * logits  # never freed, see running_bytes
-    return computing + WORKSPACE, stepping + WORKSPACE
+    copies = WORKSPACE + (sizes.fp8_copies(part) if setup.fp8 else 0)
+    return computing + copies, stepping + copies
 
 
 def static_bytes(params: int, setup: Setup) -> Tuple[int, ...]:

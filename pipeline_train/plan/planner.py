@@ -14,7 +14,7 @@ from .split import NoSplit, bounds, parts_of
 Model = Union[Dims, Dict[str, Any], str]
 KEYS = {
     "micro": "batch.micro", "data": "parallel.data", "dtype": "model.dtype", "recompute": "parallel.recompute",
-    "offload": "parallel.offload", "compile": "run.compile",
+    "offload": "parallel.offload", "compile": "run.compile", "fp8": "run.fp8",
 }  # fmt: skip
 
 
@@ -31,6 +31,7 @@ class Wish(NamedTuple):
     recompute: str = "none"
     offload: bool = False
     compile: bool = False
+    fp8: bool = False
     from_file: bool = False
 
     def named(self, option: str) -> str:
@@ -40,7 +41,7 @@ class Wish(NamedTuple):
     def setup(self, pipe: int, gpu: str) -> Setup:
         dtype = self.dtype or ("bf16" if cards.GPUS[gpu].bf16 else "fp16")
         return Setup(self.seq_len, self.micro, self.micro_batches or max(8, pipe), pipe, self.data, dtype, self.optim,
-                     self.recompute, self.offload, cards.stack_of(gpu), self.compile)  # fmt: skip
+                     self.recompute, self.offload, cards.stack_of(gpu), self.compile, self.fp8)  # fmt: skip
 
 
 def plan(
@@ -133,7 +134,7 @@ def _describe(
 ) -> Dict[str, Any]:
     dims, card = sizes.dims, cards.GPUS[gpu]
     name = link or card.link
-    share, source = (mfu, "given") if mfu else cards.share_of_peak(gpu, setup.compiled)
+    share, source = (mfu, "given") if mfu else cards.share_of_peak(gpu, setup.compiled, setup.fp8)
     fast = speed(dims, sizes, setup, boundaries, gpu, cards.link_named(name), share)
     memory, limit = gib_of(sizes, setup, boundaries), cards.usable(gpu)
     stages = []
@@ -147,7 +148,7 @@ def _describe(
         "fits": all(row["total"] <= limit for row in memory), "limit_gib": round(limit, 2), "card_gib": card.gib,
         "context_gib": cards.CONTEXT_GIB, "reserve_gib": round(card.gib * cards.RESERVE, 2), "dtype": setup.dtype,
         "optim": setup.optim, "recompute": setup.recompute, "offload": setup.offload,
-        "compile": setup.compiled,
+        "compile": setup.compiled, "fp8": setup.fp8,
         "seq_len": setup.seq_len, "micro": setup.micro, "micro_batches": setup.micro_batches,
         "parts": parts_of(boundaries), "bubble": fast.bubble, "tokens_per_s": round(fast.tokens_per_s, 1),
         "step_s": round(fast.step_s, 4), "mfu": share, "mfu_source": source, "link": name,
@@ -212,6 +213,11 @@ def _check(wished: Wish, gpu: str, gpus: Optional[int], dims: Dims, mfu: Optiona
         raise UserError(
             "%s: needs torch 2.6, and %s runs with the pinned stack's 1.13; leave it out" % (wished.named("compile"), gpu)
         )
+    if wished.fp8 and gpu not in cards.FP8:
+        raise UserError("%s: %s has no fp8, %s have; leave it out" % (wished.named("fp8"), gpu, ", ".join(cards.FP8)))
+    if wished.fp8 and (wished.dtype not in (None, "bf16") or wished.offload):
+        other = wished.named("offload") if wished.offload else "%s %s" % (wished.named("dtype"), wished.dtype)
+        raise UserError("%s: is for bf16 without offload, not with %s; leave one of them out" % (wished.named("fp8"), other))
     if wished.dtype == "bf16" and not cards.GPUS[gpu].bf16:
         raise UserError("%s: %s has no bf16; use fp16" % (wished.named("dtype"), gpu))
     if dims.max_positions is not None and wished.seq_len > dims.max_positions:

@@ -15,8 +15,8 @@ from transformers import AttentionInterface
 
 from .cache import FixedStep, SlotCache, Step
 
-# What may compute a recorded decode pass, in the order in which it is tried: kernel.py; torch's memory-efficient kernel, which takes up
-# to 2.4 times as long as what torch chooses; what torch chooses (of cuDNN's by rows, columns and strides: other bits in company).
+# What may compute a recorded decode pass, in the order in which it is tried: kernel.py; torch's memory-efficient kernel, which may
+# take 2.4 times as long as what torch chooses; what torch chooses: one of cuDNN's by rows, columns and strides, and they differ.
 OURS, EFFICIENT, ANY = KERNELS = "our kernel", "torch's memory-efficient kernel", "torch's choice"
 
 

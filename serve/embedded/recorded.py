@@ -29,9 +29,9 @@ Run = Callable[[], Any]
 
 
 class Recorded:
-    """``forward``: the model's. ``kernel``: attention's in a decode pass, None if it is the model's own: then a pass cannot compute
-    more rows than the cache has. ``recorder``: gives a function that makes of a pass one that runs faster; called again whenever all
-    passes are forgotten. See ``graphs``."""
+    """``forward``: the model's. ``kernel``: attention's in a decode pass; None: the model's own attention, and then a pass cannot
+    compute more rows than the cache has. ``recorder``: gives a function that makes of a pass one that runs faster; called again
+    whenever all passes are forgotten. See ``graphs``."""
 
     def __init__(
         self,

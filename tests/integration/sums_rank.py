@@ -22,7 +22,7 @@ def trained(case, fused):
     from pipeline_train.loop import micro_batches
 
     whole = accumulate.into_sums
-    accumulate.into_sums = whole if fused else lambda optimizer, model: None
+    accumulate.into_sums = whole if fused else lambda optimizer, model, blocks: None
     run, dims = config.parse(case["run"]), families.dims_of(case["raw"])
     pipe = engine.Pipeline(run, dims, plan.bounds(dims, run.parallel.pipe, "auto", run.data.seq_len), cuda=False)
     accumulate.into_sums = whole

@@ -18,10 +18,10 @@ RANK = Path(__file__).with_name("sums_rank.py")
 pytestmark = pytest.mark.skipif(not compat.has_bf16(compat.versions()["deepspeed"]), reason="DeepSpeed 0.9.2 has no bf16 pipeline")
 
 
-def both_ways(folder, pipe, data, compiled):
+def both_ways(folder, pipe, data, compiled, fp8=False):
     """-> what each rank left: [with, without]."""
     run = {
-        "run": {"out": "-", "compile": compiled}, "model": {"path": "-", "init": "random", "dtype": "bf16"},
+        "run": {"out": "-", "compile": compiled, "fp8": fp8}, "model": {"path": "-", "init": "random", "dtype": "bf16"},
         "data": {"train": "-", "seq_len": 24}, "parallel": {"pipe": pipe, "data": data}, "batch": {"micro": 1, "global": 3 * data},
         "optim": {"clip": 1000},  # clipping would give every sum more digits
     }  # fmt: skip
@@ -57,3 +57,17 @@ def test_the_same_sums_and_no_gradient_is_kept(tmp_path, pipe, data, compiled):
             assert (mine[name] - theirs[name]).norm() < 0.01 * theirs[name].norm() and theirs[name].norm() > 0, name
         assert not ours["kept"] and plain["kept"]
         assert ours["precise"] == (data == 1)  # replicas are averaged in bf16; without them the fp32 sums stay what they are
+
+
+@pytest.mark.skipif(not compat.has_wide_products(), reason="torch before 2.8 has no run.fp8")
+@pytest.mark.parametrize("pipe, data, compiled", [
+    (1, 1, False), (2, 2, False),
+    pytest.param(1, 1, True, marks=pytest.mark.skipif(not compiler.CAN, reason=compiler.WHY_NOT)),
+])  # fmt: skip
+def test_with_fp8_products_a_run_goes_as_in_bf16(tmp_path, pipe, data, compiled):
+    for ours, plain in both_ways(tmp_path, pipe, data, compiled, fp8=True):
+        for mine, theirs in zip(ours["steps"], plain["steps"]):
+            assert 0 < abs(mine[0] - theirs[0]) < 0.01 * theirs[0] and mine[1] == pytest.approx(theirs[1], rel=0.05)
+        mine, theirs = (result["values"][1] for result in (ours, plain))
+        for name in mine:
+            assert 0.001 < (mine[name] - theirs[name]).norm() / theirs[name].norm() < 0.2, name

@@ -180,6 +180,9 @@ def test_the_largest_state_falls_with_stages(dims, optim, pipe):
     ({"gpu": "t4", "recompute": "selective"}, "--recompute: selective needs torch 2.4, and t4 runs with the pinned stack's"),
     ({"gpu": "t4", "dtype": "bf16"}, "--dtype: t4 has no bf16; use fp16"),
     ({"gpu": "v100-16g", "compile": True}, "--compile: needs torch 2.6, and v100-16g runs with the .*; leave it out"),
+    ({"gpu": "a100-80g", "fp8": True}, "--fp8: a100-80g has no fp8, l4, .*, h100-80g, h200, b200 have; leave it out"),
+    ({"gpu": "h200", "fp8": True, "dtype": "fp16"}, "--fp8: is for bf16 without offload, not with --dtype fp16; leave one of"),
+    ({"gpu": "h200", "fp8": True, "offload": True, "from_file": True}, "^run.fp8: is for .*, not with parallel.offload; leave"),
     ({"gpu": "t4", "recompute": "selective", "from_file": True}, "^parallel.recompute: selective needs torch 2.4"),
     ({"gpu": "t4", "dtype": "bf16", "from_file": True}, "^model.dtype: t4 has no bf16; use fp16"),
     ({"gpu": "t4", "compile": True, "from_file": True}, "^run.compile: needs torch 2.6"),
@@ -335,13 +338,13 @@ def test_speed_and_memory_are_those_measured():
     """Within 15 and 1 % of what one H200 did with run.compile; the memory of a row of 188 416 tokens within 10."""
     lines = (ROOT / "benchmarks" / "results" / "2026-11-29-h200-train.json").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["engine"] == "ours"]
-    assert len(rows) == 10 and {row["recompute"] for row in rows} == {"none", "selective", "blocks"}
+    assert len(rows) == 13 and {row["recompute"] for row in rows} == {"none", "selective", "blocks"}
     for row in rows:
         model = shapes.model_of(row["family"] + "-7b", row["blocks"])
         if row["family"] == "llama":
             model["max_position_embeddings"] = max(4096, row["seq"])
         wish = {"seq_len": row["seq"], "micro": row["micro"], "micro_batches": row["micro_batches"], "compile": True,
-                "recompute": row["recompute"]}  # fmt: skip
+                "recompute": row["recompute"], "fp8": row.get("fp8", False)}  # fmt: skip
         found = plan(model, gpu="h200", gpus=1, **wish)
         assert found["tokens_per_s"] == pytest.approx(row["positions_per_s"], rel=0.15) and "H200" in found["mfu_source"]
         assert found["stages"][0]["gib"]["total"] == pytest.approx(row["gib"][0], rel=0.1 if row["seq"] > 10000 else 0.01)

@@ -55,8 +55,8 @@ def test_a_row_gets_the_same_bits_in_any_company():
 
 
 SMALL = {
-    "llama": dict(num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1, max_position_embeddings=60),
-    "bloom": dict(n_head=2, n_layer=1, seq_length=60),
+    "llama": {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1, "max_position_embeddings": 60},
+    "bloom": {"n_head": 2, "n_layer": 1, "seq_length": 60},
 }
 
 
