@@ -186,7 +186,8 @@ class Engine:
             problem = self._same()
             if problem is None and self._alone():
                 return
-            LOG.debug("not %s: %s", kernel, problem or "its bits depend on the company")
+            if kernel is not None:
+                LOG.info("attention is not computed by %s: %s", kernel, problem or "its last bits depend on other requests")
         if problem is None:
             LOG.warning(
                 "on this device the last bits depend on how many requests there are: it may decide between almost equal tokens"

@@ -1,5 +1,7 @@
 """Recorded passes: recorded once, for any model, and no request is met by another."""
 
+import sys
+
 import pytest
 
 pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
@@ -148,6 +150,8 @@ def test_a_kernel_whose_bits_depend_on_the_size_gives_way_to_one_whose_do_not(tm
 
 @pytest.mark.parametrize("where", ["rows", "width", "place", "prompt", "never"])
 def test_where_the_company_decides_it_is_said(tmp_path, monkeypatch, caplog, where):
+    caplog.set_level("INFO")
+    monkeypatch.setitem(sys.modules, "triton", None)
     plain = attention.sdpa
 
     def sdpa(q, k, v, attn_mask=None, **how):
@@ -167,6 +171,7 @@ def test_where_the_company_decides_it_is_said(tmp_path, monkeypatch, caplog, whe
     monkeypatch.setattr(attention, "sdpa", sdpa)
     engine, model = made(tmp_path, LONG)
     assert "the last bits depend on how many requests there are" in caplog.text
+    assert "attention is not computed by our kernel: import of triton halted" in caplog.text
     assert greedy.of_engine(engine, [5, 6, 7], 4)[0] == greedy.of_model(model, [5, 6, 7], 4)
     assert engine._cache.size == (1, 192)
 
