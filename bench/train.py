@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
 from pipeline_train import compat, config, families, plan
-from pipeline_train.device import check_fp8_sizes, resolve_device
+from pipeline_train.device import resolve_device
 from pipeline_train.errors import RunFailed, UserError
 from pipeline_train.network import free_port
 
@@ -31,7 +31,7 @@ def checked(case: Case, say: Say) -> Tuple[Case, bool]:
     gpus = resolve_device(run, compat.versions(), "bench train", say)
     dims = families.dims_of(case.model)
     if case.fp8:
-        check_fp8_sizes(dims)
+        plan.check_fp8_sizes(dims)
     plan.bounds(dims, case.pipe, run.parallel.parts, case.seq)
     if dims.max_positions is not None and case.seq > dims.max_positions:
         raise UserError("--seq-len %d: the model has %d positions" % (case.seq, dims.max_positions))

@@ -22,6 +22,9 @@ def into_sums(optimizer: Any, model: torch.nn.Module, blocks: Sequence[torch.nn.
     }
     in_products = set()
     layers.summed.SUMS.clear()
+    if layers.fp8 is not None:
+        layers.fp8.COPIES.clear()
+        layers.fp8.forget()
     for module in model.modules():
         if isinstance(module, (layers.Linear, layers.Embedding)):
             module.sums = True

@@ -125,7 +125,8 @@ def gpus() -> Gpus:
         return Gpus(0, "", False)
     code = (
         "import json, torch; n = torch.cuda.device_count(); print(json.dumps([n, torch.cuda.get_device_name(0) if n else '',"
-        " *(all(torch.cuda.get_device_capability(i) >= least for i in range(n)) for least in ((8, 0), (8, 9)))]))"
+        " all(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(n)),"
+        " torch.version.hip is None and all(torch.cuda.get_device_capability(i) >= (8, 9) for i in range(n))]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:

@@ -7,7 +7,6 @@ from typing import Callable, Dict, Optional, Tuple
 from . import compat, deepspeed_keys, hostfile, native, sinks
 from .config_schema import RunConfig
 from .errors import UserError
-from .families import Dims
 
 Say = Callable[[str], None]  # takes a line for the user
 
@@ -84,10 +83,3 @@ def check_fp8(torch_version: Optional[str], gpus: compat.Gpus, dtype: str, offlo
         raise UserError("run.fp8: torch %s has not all that it needs, 2.8 and later have; leave it out" % torch_version)
     if gpus.number and not gpus.fp8:
         raise UserError("run.fp8: %s has no fp8, cards since Ada and Hopper have; leave it out" % gpus.name)
-
-
-def check_fp8_sizes(dims: Dims) -> None:
-    """Raises UserError for matrices that a card cannot multiply in fp8."""
-    for name, size in (("hidden", dims.hidden), ("feed-forward", dims.ffn), ("query", dims.q_size), ("key", dims.kv_size)):
-        if size % 16:
-            raise UserError("run.fp8: sizes must be multiples of 16, and the model's %s size is %d; leave it out" % (name, size))

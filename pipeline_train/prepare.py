@@ -29,7 +29,7 @@ from .config_schema import RunConfig
 from .data import feed, template
 from .data.encode import TextCodec
 from .data.store import default_seq_len
-from .device import check_fp8_sizes, check_machine
+from .device import check_machine
 from .errors import UserError
 from .families import Dims
 from .nodes import Party
@@ -134,7 +134,7 @@ def _resolve_model(run: RunConfig, folder: Path, where: str, card: Optional[str]
     dims = families.dims_of(raw)
     config.check_against_model(run, dims.layers, dims.max_positions, where)
     if run.run.fp8:
-        check_fp8_sizes(dims)
+        plan.check_fp8_sizes(dims)
     if run.data.seq_len is None:
         run.data.seq_len = default_seq_len(raw, dims)
     if run.model.init == "pretrained":

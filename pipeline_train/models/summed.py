@@ -73,7 +73,9 @@ class _Embedding(torch.autograd.Function):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    """As F.linear; ``weight`` gets no gradient, its sum in SUMS does. ``x`` must require one."""
+    """As F.linear; ``weight`` gets no gradient, its sum in SUMS does. ``x`` must require one. A weight must not multiply the same
+    ``x`` twice: torch.compile would make one of both."""
+    assert x.requires_grad  # else nothing keeps the operator that sums in a compiled graph
     return _Linear.apply(x, weight, bias)
 
 

@@ -7,9 +7,10 @@ as one document).
 
 from .cards import card_here
 from .fitting import lack, memory_of, parts_for
-from .planner import plan
+from .planner import check_fp8_sizes, plan
 from .split import bounds, layer_weights, matrix_params, parts_of, step_flops
 
 __all__ = [
-    "bounds", "card_here", "lack", "layer_weights", "matrix_params", "memory_of", "parts_for", "parts_of", "plan", "step_flops",
+    "bounds", "card_here", "check_fp8_sizes", "lack", "layer_weights", "matrix_params", "memory_of", "parts_for", "parts_of",
+    "plan", "step_flops",
 ]  # fmt: skip

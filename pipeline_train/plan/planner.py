@@ -114,18 +114,29 @@ def too_big(sizes: Sizes, wished: Wish, gpu: str) -> str:
     return text + (". With %s it fits" % " or ".join(helps) if helps else ". It takes a larger card")
 
 
+def check_fp8_sizes(dims: Dims, where: str = "run.fp8") -> None:
+    """Raises UserError for matrices that a card cannot multiply in fp8."""
+    for name, size in (("hidden", dims.hidden), ("feed-forward", dims.ffn), ("query", dims.q_size), ("key", dims.kv_size)):
+        if size % 16:
+            text = "%s: sizes must be multiples of 16, and the model's %s size is %d; leave it out"
+            raise UserError(text % (where, name, size))
+
+
 def _changes(wished: Wish) -> List[Tuple[str, Wish]]:
     """What could be asked for instead, the cheapest first."""
     found: List[Tuple[str, Any]] = [("recompute", "blocks")] if wished.recompute != "blocks" else []
     found += [("micro", 1)] if wished.micro > 1 else []
     found += [("data", data) for data in (2, 4, 8) if data > wished.data]
-    found += [("offload", True)] if not wished.offload else []
+    found += [("offload", True)] if not wished.offload and not wished.fp8 else []
+    found += [("fp8", False)] if wished.fp8 else []
     return [(_words(wished, option, value), wished._replace(**{option: value})) for option, value in found]
 
 
 def _words(wished: Wish, option: str, value: Any) -> str:
     if wished.from_file:
         return "%s: %s" % (wished.named(option), "true" if value is True else value)
+    if value is False:
+        return "without %s" % wished.named(option)
     return wished.named(option) if value is True else "%s %s" % (wished.named(option), value)
 
 
@@ -215,6 +226,8 @@ def _check(wished: Wish, gpu: str, gpus: Optional[int], dims: Dims, mfu: Optiona
         )
     if wished.fp8 and gpu not in cards.FP8:
         raise UserError("%s: %s has no fp8, %s have; leave it out" % (wished.named("fp8"), gpu, ", ".join(cards.FP8)))
+    if wished.fp8:
+        check_fp8_sizes(dims, wished.named("fp8"))
     if wished.fp8 and (wished.dtype not in (None, "bf16") or wished.offload):
         other = wished.named("offload") if wished.offload else "%s %s" % (wished.named("dtype"), wished.dtype)
         raise UserError("%s: is for bf16 without offload, not with %s; leave one of them out" % (wished.named("fp8"), other))

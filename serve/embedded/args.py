@@ -28,7 +28,12 @@ VALUES: Tuple[Tuple[str, type, Any, str], ...] = (  # flag, type, default, help
     ("max-input-tokens", int, None, "longest prompt; by default one less than max-total-tokens"),
     ("max-input-length", int, None, "the older name of max-input-tokens"),
     ("max-total-tokens", int, None, "longest prompt and answer together; by default what the model was made for"),
-    ("max-batch-size", int, None, "requests generated at the same time; by default 64"),
+    (
+        "max-batch-size",
+        int,
+        None,
+        "requests generated at the same time; by default 64, and above that their company may show in an answer on a GPU",
+    ),
     ("max-batch-total-tokens", int, None, "tokens all running requests may hold; by default from the free memory"),
     ("max-client-batch-size", int, 4, "most prompts of one completion request"),
     ("validation-workers", int, 2, "threads that tokenize"),

@@ -1,7 +1,8 @@
 """Attention over the slot cache, as an attention function of transformers' models.
 
 On the CPU each row of a decode step attends to exactly its own columns, so its result cannot depend on the batch; the query heads
-that share a key head are taken together, so grouped keys are never copied. On a GPU it is one masked call for all rows.
+that share a key head are taken together, so grouped keys are never copied. On a GPU it is kernel.py's one call for all rows, or a
+masked one.
 """
 
 from contextlib import nullcontext

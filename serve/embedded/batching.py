@@ -37,6 +37,7 @@ class Scheduler:
     def __init__(self, engine: Engine, worker: Worker, text: Text, metrics: Metrics, max_rows: int, max_tokens: int) -> None:
         self._worker = worker
         self._engine, self._text, self._metrics = engine, text, metrics
+        engine.before_recording = lambda: self._deliver()
         self._max_rows, self._max_tokens = max_rows, max_tokens
         self._inbox: queue.SimpleQueue[Optional[Job]] = queue.SimpleQueue()
         self._waiting: Deque[Job] = deque()
@@ -69,13 +70,12 @@ class Scheduler:
                     try:
                         self._join()
                         self._decode()
-                    except BROKEN as error:
+                    except Exception as error:  # noqa: BLE001 - the thread that everybody needs: a model, Triton's compiler
                         self._fail(words(error))
                     if not self._behind:
                         self._deliver()
         finally:
             self._fail("the server is stopping", list(self._waiting))
-            self._deliver()
 
     def _take(self) -> bool:
         """New requests from the inbox; waits for one when there is nothing to do. False: stop."""
@@ -110,9 +110,8 @@ class Scheduler:
             read = self._next_pieces(left)
             left -= sum(len(piece) for _, piece in read)
             started = self._begin("prefill", len(read))
+            self._deliver()  # this may take longer than the pass before it
             logits = self._prefill(read)
-            if self._behind:
-                self._deliver()
             self._end("prefill", started)
             for row, piece in read:
                 if row.job.accepted.decoder_input_details:
@@ -219,11 +218,12 @@ class Scheduler:
         self.suspect = True
         self._out += [(job, failed(text)) for job in [row.job for row in self._rows] + list(others)]
         self._rows, self._joining = [], None
+        self._deliver()
         self._engine.clear()
 
     @property
     def _behind(self) -> bool:
-        """Events are handed over when the next pass has been launched: they are written while the GPU computes it."""
+        """Events are handed over when the next decode pass has been launched: they are written while the GPU computes it."""
         return self._engine.graphs and bool(self._rows)
 
     def _deliver(self) -> None:

@@ -19,6 +19,7 @@ from .engine import Engine
 from .http import make_app
 from .memory import free_memory
 from .metrics import Metrics
+from .recorded import LEAST
 from .service import Service
 from .text import Text
 from .validation import Limits
@@ -44,6 +45,10 @@ def build(options: Options) -> Tuple[Starlette, Service]:
         limits.max_total_tokens, int(free_memory(engine.device) * MEMORY_SHARE / max(1, engine.kv_bytes))
     )
     scheduler = Scheduler(engine, worker, text, metrics, options.max_batch_size or MAX_ROWS, budget)
+    if engine.graphs and (options.max_batch_size or 0) > LEAST:
+        LOG.warning(
+            "--max-batch-size: with more than %d requests at once the last bits of an answer may depend on the others", LEAST
+        )
     service = Service(
         text, scheduler, metrics, limits, options.max_concurrent_requests, options.validation_workers, info(options, engine, limits)
     )

@@ -25,7 +25,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # 
 
 class Engine:
     """``vocab``: logits per row; ``known``: token ids it can read; ``max_positions``: tokens a row may have; ``device_name``;
-    ``dtype``; ``kv_bytes`` per token. ``best``: sampling.likeliest of the last pass's rows, None when it was not recorded."""
+    ``dtype``; ``kv_bytes`` per token. ``best``: sampling.likeliest of the last pass's rows, None when it was not recorded.
+    ``before_recording`` is called when a pass has to be recorded first, which takes its time."""
 
     def __init__(
         self, folder: str, dtype: Optional[str] = None, revision: Optional[str] = None, trust_remote_code: bool = False
@@ -48,6 +49,7 @@ class Engine:
         self.together = False  # several rows' prompts can be read in one pass
         self.kv_bytes = 0
         self.best: Optional[Tensor] = None
+        self.before_recording: Run = lambda: None
         with torch.inference_mode():
             self._settle()
 
@@ -183,15 +185,14 @@ class Engine:
         kernels: Tuple[Optional[str], ...] = attention.KERNELS if self._own_attention else (None,)
         for kernel in kernels:
             self._recorded = Recorded(self._cache, self.device, self._fixed, kernel, recorder)
+            self._recorded.before_recording = lambda: self.before_recording()
             problem = self._same()
             if problem is None and self._alone():
                 return
             if kernel is not None:
                 LOG.info("attention is not computed by %s: %s", kernel, problem or "its last bits depend on other requests")
         if problem is None:
-            LOG.warning(
-                "on this device the last bits depend on how many requests there are: it may decide between almost equal tokens"
-            )
+            LOG.warning("the last bits depend on how many requests there are here: that may decide between almost equal tokens")
             return
         self._recorded = None
         LOG.warning("%s is served without CUDA graphs, slower: %s", self.model.config.model_type, problem)
@@ -211,7 +212,7 @@ class Engine:
                 self._recorded.room(rows, longest + 2)
                 behind = self.prefill(rows - 1, ids, 0)[-1].clone()
                 found.append((behind, self.decode([7] * rows, [longest] * (rows - 1) + [length])[-1].clone()))
-        except RuntimeError as error:  # out of memory, say
+        except Exception as error:  # noqa: BLE001 - out of memory, say, or Triton's compiler
             LOG.warning("what a row gets in company could not be tried: %s", str(error).split("\n")[0])
         finally:
             self.clear()

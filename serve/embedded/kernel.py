@@ -33,12 +33,12 @@ def _load_row(columns, row, limit, WINDOW: tl.constexpr):
     return low, length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _chunk(
-    q, k, v, slopes, columns, out, sums, tops, totals, limit, scale,
+    q, k, v, slopes, columns, out, sums, tops, totals, limit, chunks, scale,
     q0, q1, q2, k0, k1, k2, v0, v1, v2,
     GROUPS: tl.constexpr, G: tl.constexpr, SIZE: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr, F: tl.constexpr,
-    CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr,
+    ONE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one row for the query heads of one key head: into ``out`` if there is no other, else into the three others."""
@@ -69,20 +69,20 @@ def _chunk(
         acc = acc * less[:, None] + tl.dot(share.to(value.dtype), value, input_precision=PRECISION)
         top = higher
     place = (row * tl.num_programs(1) + head) * GROUPS + g
-    if CHUNKS == 1:
+    if ONE:
         result = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)
         tl.store(out + place[:, None] * VALUES + f[None, :], result.to(out.dtype.element_ty), mask=used & (f < VALUES)[None, :])
     elif first < end:
-        place = place * CHUNKS + chunk
+        place = place * chunks + chunk
         tl.store(tops + place, top, mask=g < GROUPS)
         tl.store(totals + place, total, mask=g < GROUPS)
         tl.store(sums + place[:, None] * VALUES + f[None, :], acc, mask=used & (f < VALUES)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _together(
-    columns, out, sums, tops, totals, limit,
-    VALUES: tl.constexpr, F: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    columns, out, sums, tops, totals, limit, chunks,
+    VALUES: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """The chunks of one row and one query head, from the first to the last."""
     row, head = tl.program_id(0), tl.program_id(1)
@@ -91,7 +91,7 @@ def _together(
     place = row * tl.num_programs(1) + head
     top, total, acc = float("-inf"), 0.0, tl.zeros([F], tl.float32)
     for chunk in range(low // BLOCK * BLOCK // CHUNK, tl.cdiv(length, CHUNK)):
-        one = place * CHUNKS + chunk
+        one = place * chunks + chunk
         its_top = tl.load(tops + one)
         higher = tl.maximum(top, its_top)
         less, its = tl.exp2(top - higher), tl.exp2(its_top - higher)
@@ -111,21 +111,19 @@ def decode(
     groups, values, limit = heads // k.shape[1], v.shape[3], k.shape[2]
     chunks = triton.cdiv(limit, CHUNK)
     out = q.new_empty(rows, 1, heads, values)
-    parts = [q.new_empty(rows, heads, chunks, *last, dtype=torch.float32) for last in ((values,), (), ()) if chunks > 1] or [
-        out
-    ] * 3
+    parts = [out] * 3
+    if chunks > 1:
+        parts = [q.new_empty(k.shape[0], heads, chunks, *last, dtype=torch.float32) for last in ((values,), (), ())]
     q = q[:, :, 0].unflatten(1, (k.shape[1], groups))
-    shape: Any = {
-        "VALUES": values, "F": _power(values), "CHUNKS": chunks, "CHUNK": CHUNK, "BLOCK": BLOCK, "WINDOW": window or 0,
-    }  # fmt: skip
+    shape: Any = {"VALUES": values, "F": _power(values), "CHUNK": CHUNK, "BLOCK": BLOCK, "WINDOW": window or 0}
     _chunk[(rows, k.shape[1], chunks)](
-        q, k, v, q if slopes is None else slopes, columns, out, *parts, limit, scale,
+        q, k, v, q if slopes is None else slopes, columns, out, *parts, limit, chunks, scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        GROUPS=groups, G=_power(groups), SIZE=size, E=_power(size), **shape,
+        GROUPS=groups, G=_power(groups), SIZE=size, E=_power(size), ONE=chunks == 1, **shape,
         ALIBI=slopes is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     if chunks > 1:
-        _together[(rows, heads)](columns, out, *parts, limit, **shape)
+        _together[(rows, heads)](columns, out, *parts, limit, chunks, **shape)
     return out
 
 

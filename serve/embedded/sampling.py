@@ -126,7 +126,7 @@ def likeliest(logits: Tensor) -> Tensor:
     best = torch.argmax(rows, -1)
     # Summed in double: a lone row is summed in another order than one of many, and a float32 would show it.
     behind = torch.exp(rows - torch.gather(rows, -1, best[:, None])).sum(-1, dtype=torch.float64)
-    return torch.stack([best.double(), -torch.log(behind).float().double()])  # one wait for a GPU instead of two
+    return torch.stack([best.double(), 0.0 - torch.log(behind).float().double()])  # one wait for a GPU instead of two
 
 
 def choices(found: Tensor) -> List[Choice]:

@@ -195,6 +195,16 @@ def test_wishes_that_cannot_be(wish, message):
         plan(LLAMA_7B, **wish)
 
 
+def test_fp8_is_not_planned_for_what_cannot_be_trained_in_it():
+    text = "^--fp8: sizes must be multiples of 16, and the model's feed-forward size is 11005; leave it out$"
+    with pytest.raises(UserError, match=text):
+        plan(dict(LLAMA_7B, intermediate_size=11005), gpu="h200", fp8=True)
+    wide = dict(LLAMA_7B, hidden_size=8192, intermediate_size=23008, num_attention_heads=64, num_key_value_heads=64)
+    with pytest.raises(UserError, match="With .* without --fp8 it fits$") as caught:
+        plan(wide, gpu="l4", fp8=True, recompute="blocks")
+    assert "--offload" not in str(caught.value)
+
+
 def test_a_layer_that_fits_nowhere_says_why_and_what_would_help():
     wide = dict(BLOOM_176B, vocab_size=330_000)
     with pytest.raises(UserError) as caught:

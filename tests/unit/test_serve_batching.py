@@ -8,6 +8,7 @@ pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
 import torch  # noqa: E402
 
 from serve.embedded import batching  # noqa: E402
+from serve.embedded.errors import ApiError  # noqa: E402
 from serve.embedded.row import Job  # noqa: E402
 from serve.embedded.validation import Accepted, Sampling  # noqa: E402
 from tests.contract.jobs import ended, job, play, scheduler_of, tiny_parts, tokens  # noqa: E402
@@ -232,6 +233,33 @@ def test_events_are_written_while_a_gpu_computes_the_next_token(tmp_path, monkey
     assert len(play(scheduler, alone())) == 4
     seen = [what for what in seen if what]
     if recorded:
-        assert seen == ["launched", 1, "launched", 1, "launched", 1, 1]
+        # The first time the pass has to be recorded, and nobody waits for that.
+        assert seen == [1, "launched", "launched", 1, "launched", 1, 1]
     else:
         assert seen == ["launched", 2, "launched", 1, "launched", 1]
+
+
+class TritonError(Exception):
+    """A kind of error that nobody here knows."""
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), TritonError("out of shared memory")])
+def test_whatever_a_pass_raises_the_thread_goes_on(parts, scheduler, monkeypatch, error):
+    def fails(*how):
+        raise error
+
+    first, second = job([5, 6, 7], 4, stream=True), job([5, 6, 7], 4)
+
+    async def both():
+        monkeypatch.setattr(parts[0], "decode", fails)
+        scheduler.submit(first)
+        events = await ended(first)
+        monkeypatch.undo()
+        assert scheduler.alive
+        scheduler.submit(second)
+        await ended(second)
+        return events
+
+    events = play(scheduler, both())
+    assert len(events) == 2 and events[0].token.id == tokens(second)[0]  # what there was before is not lost
+    assert isinstance(events[1], ApiError) and str(error) in events[1].text and len(tokens(second)) == 4

@@ -136,3 +136,10 @@ def test_tiny_temperature_is_greedy_and_huge_is_uniform():
 def test_logprobs_are_spelled_like_float32():
     assert repr(shortest(torch.tensor(-0.34).item())) == "-0.34"
     assert shortest(math.nan) is None and shortest(-math.inf) is None
+
+
+def test_a_sure_token_is_spelled_the_same_by_both_ways():
+    logits = torch.full((1, 100), -1e4)
+    logits[0, 7] = 1e4
+    found = [choices(likeliest(logits))[0].logprob, Sampler(Sampling(), []).pick(logits[0]).logprob]
+    assert [str(value) for value in found] == ["0.0", "0.0"]

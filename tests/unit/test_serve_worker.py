@@ -87,3 +87,13 @@ def test_an_interrupt_while_the_model_is_loaded_is_a_quiet_end(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGINT and not said
+
+
+@pytest.mark.parametrize("most, said", [(64, False), (65, True)])
+def test_more_rows_than_products_are_alike_for_are_said(tmp_path, monkeypatch, caplog, most, said):
+    tiny_tokenizer(tmp_path, "bpe")
+    make_hf(tmp_path, tiny_config("llama", vocab_size=512))
+    monkeypatch.setattr(Engine, "graphs", True)
+    build.build(args.read(["--model-id", str(tmp_path), "--no-proof", "--max-batch-size", str(most)], {}))
+    text = "--max-batch-size: with more than 64 requests at once the last bits of an answer may depend on the others"
+    assert (text in caplog.text) is said

@@ -84,8 +84,13 @@ def test_gpus_are_asked_of_torch_in_another_process(monkeypatch, tmp_path):
         compat.gpus()
     fake = "class cuda:\n    device_count = staticmethod(lambda: 2)\n    get_device_name = staticmethod(lambda i: 'Tesla V100')\n"
     fake += "    get_device_capability = staticmethod(lambda i: (7, 0))\n"
+    fake += "class version:\n    hip = None\n"
     (tmp_path / "torch.py").write_text(fake)
-    assert compat.gpus() == compat.Gpus(2, "Tesla V100", False)
+    assert compat.gpus() == compat.Gpus(2, "Tesla V100", False, False)
+    (tmp_path / "torch.py").write_text(fake.replace("(7, 0)", "(9, 0)"))
+    assert compat.gpus() == compat.Gpus(2, "Tesla V100", True, True)
+    (tmp_path / "torch.py").write_text(fake.replace("(7, 0)", "(9, 0)").replace("hip = None", "hip = '7.0'"))  # its fp8 is another
+    assert compat.gpus() == compat.Gpus(2, "Tesla V100", True, False)
 
 
 def test_grouped_queries_are_compared_where_transformers_has_them():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline_train import compat, config, device, families
+from pipeline_train import compat, config, device, families, plan
 from pipeline_train.errors import UserError
 from pipeline_train.models import layers
 
@@ -121,7 +121,7 @@ def test_who_can_have_it_and_what_it_is_for(monkeypatch):
 
 
 def test_sizes_that_a_card_cannot_multiply():
-    device.check_fp8_sizes(families.dims_of(LLAMA))
+    plan.check_fp8_sizes(families.dims_of(LLAMA))
     with pytest.raises(UserError) as caught:
-        device.check_fp8_sizes(families.dims_of(dict(LLAMA, intermediate_size=50)))
+        plan.check_fp8_sizes(families.dims_of(dict(LLAMA, intermediate_size=50)))
     assert str(caught.value) == "run.fp8: sizes must be multiples of 16, and the model's feed-forward size is 50; leave it out"
