@@ -199,7 +199,7 @@ def test_fp8_is_not_planned_for_what_cannot_be_trained_in_it():
     text = "^--fp8: sizes must be multiples of 16, and the model's feed-forward size is 11005; leave it out$"
     with pytest.raises(UserError, match=text):
         plan(dict(LLAMA_7B, intermediate_size=11005), gpu="h200", fp8=True)
-    wide = dict(LLAMA_7B, hidden_size=8192, intermediate_size=23008, num_attention_heads=64, num_key_value_heads=64)
+    wide = dict(LLAMA_7B, hidden_size=8192, intermediate_size=24032, num_attention_heads=64, num_key_value_heads=64)
     with pytest.raises(UserError, match="With .* without --fp8 it fits$") as caught:
         plan(wide, gpu="l4", fp8=True, recompute="blocks")
     assert "--offload" not in str(caught.value)
