@@ -76,7 +76,7 @@ def resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str, 
 def check_fp8(torch_version: Optional[str], gpus: compat.Gpus, dtype: str, offload: bool) -> None:
     """Raises UserError where a run cannot have run.fp8. On a CPU it can: the same numbers, slower than without."""
     if dtype != "bf16":
-        raise UserError("run.fp8: is for bf16 runs, and model.dtype is %s; leave one of them out" % dtype)
+        raise UserError("run.fp8: is for bf16 runs, and this one is in %s; set model.dtype: bf16, or leave run.fp8 out" % dtype)
     if offload:
         raise UserError("run.fp8: does not go with parallel.offload; leave one of them out")
     if torch_version is None or compat.release(torch_version) < (2, 8):

@@ -75,9 +75,10 @@ def _train(loaded: Any, args: argparse.Namespace, party: Any, host: Any) -> Dict
         selftest_run.once(prepared, say)
     else:
         selftest_run.once(prepared, say, party.place.node, party.channel.check)
-    parallel = prepared.config.parallel
+    parallel, how = prepared.config.parallel, prepared.config.run
+    dtype = prepared.config.model.dtype + (", fp8 products" if how.fp8 else "") + (", compiled" if how.compile else "")
     say("%s: steps %d to %d, %d stages x %d replicas, layers per stage %s, %s on %s" % (
-        out, prepared.done + 1, prepared.total, parallel.pipe, parallel.data, parallel.parts, prepared.config.model.dtype,
+        out, prepared.done + 1, prepared.total, parallel.pipe, parallel.data, parallel.parts, dtype,
         "%d GPUs" % (parallel.pipe * parallel.data) if prepared.gpus else "CPU",
     ))  # fmt: skip
     if not leads:

@@ -181,6 +181,8 @@ def _notes(document: Dict[str, Any], sizes: Sizes, wished: Wish, gpu: str) -> Li
         pipe = document["pipe"]
         notes.append("the stages wait %.0f %% of the time: with %d micro-batches a step it would be %.0f %%" % (
             100 * document["bubble"], 8 * pipe, 100 * (pipe - 1) / (9 * pipe - 1)))  # fmt: skip
+    if document["fp8"] and not document["compile"]:
+        notes.append("without %s fp8 is slower than bf16, not as fast as said here" % wished.named("compile"))
     if document["optim"] == "lion" and document["stack"] == "pinned":
         notes.append("Lion keeps one moment instead of two: 4 bytes a parameter less than AdamW")
     return notes
@@ -225,7 +227,7 @@ def _check(wished: Wish, gpu: str, gpus: Optional[int], dims: Dims, mfu: Optiona
             "%s: needs torch 2.6, and %s runs with the pinned stack's 1.13; leave it out" % (wished.named("compile"), gpu)
         )
     if wished.fp8 and gpu not in cards.FP8:
-        raise UserError("%s: %s has no fp8, %s have; leave it out" % (wished.named("fp8"), gpu, ", ".join(cards.FP8)))
+        raise UserError("%s: %s has no fp8 (known with it: %s); leave it out" % (wished.named("fp8"), gpu, ", ".join(cards.FP8)))
     if wished.fp8:
         check_fp8_sizes(dims, wished.named("fp8"))
     if wished.fp8 and (wished.dtype not in (None, "bf16") or wished.offload):

@@ -180,7 +180,7 @@ def test_the_largest_state_falls_with_stages(dims, optim, pipe):
     ({"gpu": "t4", "recompute": "selective"}, "--recompute: selective needs torch 2.4, and t4 runs with the pinned stack's"),
     ({"gpu": "t4", "dtype": "bf16"}, "--dtype: t4 has no bf16; use fp16"),
     ({"gpu": "v100-16g", "compile": True}, "--compile: needs torch 2.6, and v100-16g runs with the .*; leave it out"),
-    ({"gpu": "a100-80g", "fp8": True}, "--fp8: a100-80g has no fp8, l4, .*, h100-80g, h200, b200 have; leave it out"),
+    ({"gpu": "a100-80g", "fp8": True}, r"--fp8: a100-80g has no fp8 \(known with it: l4, .*, h200, b200\); leave it out"),
     ({"gpu": "h200", "fp8": True, "dtype": "fp16"}, "--fp8: is for bf16 without offload, not with --dtype fp16; leave one of"),
     ({"gpu": "h200", "fp8": True, "offload": True, "from_file": True}, "^run.fp8: is for .*, not with parallel.offload; leave"),
     ({"gpu": "t4", "recompute": "selective", "from_file": True}, "^parallel.recompute: selective needs torch 2.4"),
@@ -203,6 +203,11 @@ def test_fp8_is_not_planned_for_what_cannot_be_trained_in_it():
     with pytest.raises(UserError, match="With .* without --fp8 it fits$") as caught:
         plan(wide, gpu="l4", fp8=True, recompute="blocks")
     assert "--offload" not in str(caught.value)
+    slower = "without --compile fp8 is slower than bf16, not as fast as said here"
+    assert [slower in plan(LLAMA_7B, gpu="h200", fp8=True, compile=compiled)["notes"] for compiled in (False, True)] == [
+        True,
+        False,
+    ]
 
 
 def test_a_layer_that_fits_nowhere_says_why_and_what_would_help():

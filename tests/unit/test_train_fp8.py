@@ -94,7 +94,8 @@ def run(**sections):
 
 
 @pytest.mark.parametrize("sections, gpus, torch_version, text", [
-    ({"model": {"dtype": "fp16"}}, CARD, "2.13.0", "run.fp8: is for bf16 runs, and model.dtype is fp16; leave one of them out"),
+    ({"model": {"dtype": "fp16"}}, CARD, "2.13.0",
+     "run.fp8: is for bf16 runs, and this one is in fp16; set model.dtype: bf16, or leave run.fp8 out"),
     ({"parallel": {"offload": True}}, CARD, "2.13.0", "run.fp8: does not go with parallel.offload; leave one of them out"),
     ({}, CARD, "2.7.1", "run.fp8: torch 2.7.1 has not all that it needs, 2.8 and later have; leave it out"),
     ({}, compat.Gpus(1, "NVIDIA A100", True), "2.13.0",
