@@ -7,12 +7,12 @@
 Weights stay bf16 with fp32 masters. Their two fp8 copies are made once a step: 2 bytes a parameter. Embedding and head have none.
 """
 
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+import functools
+from typing import Callable, Dict, NamedTuple, Optional, Set, Tuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from .summed import add_product
+from .summed import add_product, linear_of
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of E4M3
@@ -27,8 +27,7 @@ class Copies(NamedTuple):
 
 
 COPIES: Dict[int, Copies] = {}  # by the weight's address, as summed.SUMS
-FRESH: Dict[int, bool] = {}
-_faster: Optional[Callable[..., Tuple[torch.Tensor, ...]]] = None
+FRESH: Set[int] = set()
 
 
 def rounded(x: torch.Tensor) -> Scaled:
@@ -46,20 +45,22 @@ def _both(weight: torch.Tensor) -> Tuple[torch.Tensor, ...]:
     return rounded(weight) + rounded(weight.t())
 
 
+@functools.lru_cache(maxsize=None)
+def _maker(cuda: bool) -> Callable[..., Tuple[torch.Tensor, ...]]:
+    return torch.compile(_both, dynamic=False) if cuda else _both
+
+
 def copies_of(weight: torch.Tensor) -> Copies:
-    global _faster
     place = weight.data_ptr()
     if place not in FRESH:
-        if _faster is None:
-            _faster = torch.compile(_both, dynamic=False) if weight.is_cuda else _both
-        rows, scales, columns, others = _faster(weight.detach())
+        rows, scales, columns, others = _maker(weight.is_cuda)(weight.detach())
         made = Copies((rows, scales), (columns.contiguous(), others))
         if place in COPIES:  # the same memory again: nothing is scattered between two steps
             for old, new in zip(COPIES[place].rows + COPIES[place].columns, made.rows + made.columns):
                 old.copy_(new)
         else:
             COPIES[place] = made
-        FRESH[place] = True
+        FRESH.add(place)
     return COPIES[place]
 
 
@@ -97,24 +98,9 @@ def _(
     return upstream.new_empty(x.shape)
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias = bias is not None
-        out = product(*rounded(x.reshape(-1, x.shape[-1])), weight)
-        return (out if bias is None else out + bias).view(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> Tuple[torch.Tensor, None, Optional[torch.Tensor]]:
-        x, weight = ctx.saved_tensors
-        flat = upstream.reshape(-1, upstream.shape[-1])
-        gradient = _input_gradient(flat, *rounded(flat), x.reshape(-1, x.shape[-1]), weight).view(x.shape)
-        return gradient, None, flat.sum(0) if ctx.bias else None
+def _multiplied(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    out = product(*rounded(x.reshape(-1, x.shape[-1])), weight)
+    return (out if bias is None else out + bias).view(*x.shape[:-1], weight.shape[0])
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    """As summed.linear, with the two products in fp8."""
-    assert x.requires_grad  # else nothing keeps the operator that sums in a compiled graph
-    return _Linear.apply(x, weight, bias)
+linear = linear_of(_multiplied, lambda upstream, x, weight: _input_gradient(upstream, *rounded(upstream), x, weight))

@@ -6,7 +6,7 @@ tokens: 0.21 ms, 0.19 without a sum, 0.29 when it is added afterwards). Megatron
 torch's own ``addmm`` does it.
 """
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -18,6 +18,8 @@ from .. import compat
 # between a micro-batch's forward and backward pass, and autograd (torch.compile's, too) refuses what was saved and has changed.
 SUMS: Dict[int, torch.Tensor] = {}
 WIDE = compat.has_wide_products()
+Linear = Callable[[torch.Tensor, torch.Tensor, Optional[torch.Tensor]], torch.Tensor]
+Multiply = Callable[..., torch.Tensor]
 
 
 def add_product(upstream: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -41,20 +43,34 @@ def _(upstream: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Te
     return upstream.new_empty(x.shape)
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias = bias is not None
-        return F.linear(x, weight, bias)
+def linear_of(multiply: Multiply, input_gradient: Multiply) -> Linear:
+    """F.linear whose ``weight`` gets no gradient: its sum in SUMS does, from ``input_gradient``. ``multiply``: (x, weight, bias) ->
+    what F.linear gives. ``x`` must require a gradient, and a weight must not multiply the same ``x`` twice: torch.compile would
+    make one of both."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> Tuple[torch.Tensor, None, Optional[torch.Tensor]]:
-        x, weight = ctx.saved_tensors
-        flat = upstream.reshape(-1, upstream.shape[-1])
-        gradient = _input_gradient(flat, x.reshape(-1, x.shape[-1]), weight).view(x.shape)
-        return gradient, None, flat.sum(0) if ctx.bias else None
+    class Products(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+            ctx.save_for_backward(x, weight)
+            ctx.bias = bias is not None
+            return multiply(x, weight, bias)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, upstream: torch.Tensor) -> Tuple[torch.Tensor, None, Optional[torch.Tensor]]:
+            x, weight = ctx.saved_tensors
+            flat = upstream.reshape(-1, upstream.shape[-1])
+            gradient = input_gradient(flat, x.reshape(-1, x.shape[-1]), weight).view(x.shape)
+            return gradient, None, flat.sum(0) if ctx.bias else None
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+        assert x.requires_grad  # else nothing keeps the operator that sums in a compiled graph
+        return Products.apply(x, weight, bias)
+
+    return linear
+
+
+linear = linear_of(F.linear, _input_gradient)
 
 
 class _Embedding(torch.autograd.Function):
@@ -72,13 +88,6 @@ class _Embedding(torch.autograd.Function):
         return None, None
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    """As F.linear; ``weight`` gets no gradient, its sum in SUMS does. ``x`` must require one. A weight must not multiply the same
-    ``x`` twice: torch.compile would make one of both."""
-    assert x.requires_grad  # else nothing keeps the operator that sums in a compiled graph
-    return _Linear.apply(x, weight, bias)
-
-
 def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """As F.embedding, likewise."""
+    """As F.embedding, likewise: ``weight``'s gradient goes to its sum."""
     return _Embedding.apply(ids, weight)

@@ -57,7 +57,7 @@ def _decode(
     rows, heads, _, size = q.shape
     q = q.reshape(rows, k.shape[1], heads // k.shape[1], size)
     if q.device.type == "cpu":
-        bias = None if slopes is None else _biases(step, slopes, q.dtype).view(1, k.shape[1], -1, step.width)
+        bias = None if slopes is None else _biases(step, slopes, q.dtype)
         out = q.new_empty(rows, k.shape[1], heads // k.shape[1], v.shape[3])
         for row, start in enumerate(step.starts):
             last = start + 1
@@ -66,10 +66,7 @@ def _decode(
             seen = None if bias is None else bias[..., first:last]
             out[row] = sdpa(q[one], k[one, :, first:last], v[one, :, first:last], attn_mask=seen, scale=scale)[0]
     else:
-        hidden = mask(step.columns, 1, step.width, q.dtype, window)
-        if slopes is not None:
-            hidden = hidden + _biases(step, slopes, q.dtype).view(1, k.shape[1], -1, step.width)
-        out = sdpa(q, k, v, attn_mask=hidden, scale=scale)
+        out = sdpa(q, k, v, attn_mask=_added(step, step.columns, 1, step.width, q.dtype, window, slopes), scale=scale)
     return out.reshape(rows, 1, heads, v.shape[3])
 
 
@@ -86,10 +83,8 @@ def _prefill(
         if start == 0 and slopes is None and not (window and window < width):
             out = sdpa(queries, keys, values, is_causal=True, scale=scale)
         else:
-            hidden = mask(step.columns[row : row + 1], count, width, q.dtype, window)
-            if slopes is not None:
-                hidden = hidden + _biases(step, slopes, q.dtype)[..., :width]
-            out = sdpa(queries, keys, values, attn_mask=hidden, scale=scale)
+            added = _added(step, step.columns[row : row + 1], count, width, q.dtype, window, slopes)
+            out = sdpa(queries, keys, values, attn_mask=added, scale=scale)
         found.append(out.transpose(1, 2))
     return torch.cat(found, 1) if len(found) > 1 else found[0]
 
@@ -105,9 +100,7 @@ def _fixed(
 
         return kernel.decode(q, k, v, step.columns, size**-0.5 if scale is None else scale, window, slopes)
     if window not in step.masks:
-        step.masks[window] = mask(step.columns[: step.active], count, step.width, q.dtype, window)
-        if slopes is not None:
-            step.masks[window] = step.masks[window] + _biases(step, slopes, q.dtype)
+        step.masks[window] = _added(step, step.columns[: step.active], count, step.width, q.dtype, window, slopes)
     if step.decode:
         q = q[: step.active].reshape(step.active, k.shape[1], groups, size)  # no key is copied for the heads that share it
     elif groups > 1:
@@ -119,6 +112,15 @@ def _fixed(
         return out.transpose(1, 2)
     out = out.reshape(step.active, 1, heads, v.shape[3])
     return out if rows == step.active else torch.cat([out, given[step.active :].transpose(1, 2)[..., : v.shape[3]]])
+
+
+def _added(
+    step: Union[Step, FixedStep], columns: Tensor, count: int, width: int, dtype: torch.dtype, window: Optional[int],
+    slopes: Optional[Tensor],
+) -> Tensor:  # fmt: skip
+    """``mask``, and ALiBi's biases where there are slopes: [B, 1 or H, count, width]."""
+    hidden = mask(columns, count, width, dtype, window)
+    return hidden if slopes is None else hidden + _biases(step, slopes, dtype)[..., :width]
 
 
 def _biases(step: Union[Step, FixedStep], slopes: Tensor, dtype: torch.dtype) -> Tensor:

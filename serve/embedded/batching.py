@@ -37,7 +37,7 @@ class Scheduler:
     def __init__(self, engine: Engine, worker: Worker, text: Text, metrics: Metrics, max_rows: int, max_tokens: int) -> None:
         self._worker = worker
         self._engine, self._text, self._metrics = engine, text, metrics
-        engine.before_recording = lambda: self._deliver()
+        engine.before_recording = self._deliver
         self._max_rows, self._max_tokens = max_rows, max_tokens
         self._inbox: queue.SimpleQueue[Optional[Job]] = queue.SimpleQueue()
         self._waiting: Deque[Job] = deque()

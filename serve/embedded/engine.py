@@ -6,7 +6,7 @@ Before it serves, every model shows that this gives the logits of a plain forwar
 import inspect
 import logging
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -201,7 +201,7 @@ class Engine:
         """Whether a row gets the same bits alone as elsewhere among others, whose rows are longer."""
         assert self._recorded is not None
         length = min(150, self.max_positions - 2)
-        ids = [(7 * place * place + 3 * place + 5) % self.vocab for place in range(length)]
+        ids = _samples(self.vocab, [length])[0]
         most = (free_memory(self.device) // 2) // max(1, self.kv_bytes)
         found = []
         try:
@@ -244,6 +244,6 @@ class Engine:
         return None if worst <= limit else "batched logits are %.1e away from a plain forward pass (allowed %.0e)" % (worst, limit)
 
 
-def _samples(vocab: int) -> List[List[int]]:
-    """Two fixed prompts of different lengths."""
-    return [[(7 * place * place + 3 * place + 5) % vocab for place in range(length)] for length in (9, 4)]
+def _samples(vocab: int, lengths: Sequence[int] = (9, 4)) -> List[List[int]]:
+    """Fixed prompts."""
+    return [[(7 * place * place + 3 * place + 5) % vocab for place in range(length)] for length in lengths]

@@ -217,13 +217,14 @@ def test_prompt_logprobs_do_not_depend_on_the_pieces(parts, scheduler, monkeypat
 def test_events_are_written_while_a_gpu_computes_the_next_token(tmp_path, monkeypatch, recorded):
     """A recorded pass is launched and runs by itself: what came before it is handed over then, and at once where nobody runs on."""
     parts = tiny_parts(tmp_path)
-    engine, scheduler, seen = parts[0], scheduler_of(parts), []
+    engine, seen = parts[0], []
     if recorded:
         with torch.inference_mode():
             engine.record(lambda: lambda run: run)
-    decode, deliver = engine.decode, scheduler._deliver
+    decode, deliver = engine.decode, batching.Scheduler._deliver
     monkeypatch.setattr(engine, "decode", lambda *how: (decode(*how), seen.append("launched"))[0])
-    monkeypatch.setattr(scheduler, "_deliver", lambda: (seen.append(len(scheduler._out)), deliver()))
+    monkeypatch.setattr(batching.Scheduler, "_deliver", lambda self: (seen.append(len(self._out)), deliver(self)))
+    scheduler = scheduler_of(parts)
     one = job([5, 6, 7], 4, stream=True)
 
     async def alone():

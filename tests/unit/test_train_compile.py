@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline_train import compat, families, native
 from pipeline_train.errors import UserError
-from pipeline_train.models import init_layer
+from pipeline_train.models import init_layer, layers
 from pipeline_train.stages import PipeLayer
 from tests import compiler
 
@@ -54,6 +54,42 @@ def test_compiled_blocks_are_the_same_and_share_one_graph(family):
         assert distance(found, out) < 1e-6
         assert max(distance(a, b) for a, b in zip(theirs, gradients)) < 1e-5
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@compiles
+@pytest.mark.skipif(not compat.has_wide_products(), reason="torch before 2.8 has no run.fp8")
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("family", sorted(MODELS))
+def test_blocks_whose_products_sum_gradients_share_one_graph_too(family, fp8):
+    """accumulate.into_sums, and with run.fp8: nothing of it is left to Python between two graphs."""
+    from torch._dynamo.utils import counters
+
+    dims = families.dims_of(MODELS[family])
+    hidden = torch.randn(2, 24, dims.hidden, generator=torch.Generator().manual_seed(0)).bfloat16()
+    segments = torch.ones(2, 24, dtype=torch.long)
+    seen = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        modules = [PipeLayer(dims, layer, torch.bfloat16, "none", compiled) for layer in (1, 2)]
+        sums = []
+        for layer, module in enumerate(modules, 1):
+            init_layer(module.inner, dims, layer, seed=0)
+            for linear in (found for found in module.modules() if isinstance(found, layers.Linear)):
+                linear.sums, linear.fp8 = True, fp8
+                sums.append(layers.summed.SUMS.setdefault(linear.weight.data_ptr(), torch.zeros(linear.weight.shape)).zero_())
+        wire = (hidden.clone().requires_grad_(), torch.arange(24).expand(2, 24).contiguous(), segments)
+        first = wire[0]
+        for module in modules:
+            wire = module(wire)
+        wire[0].float().square().sum().backward()
+        seen.append([wire[0].detach(), first.grad, *(total.clone() for total in sums)])
+        layers.summed.SUMS.clear()
+        layers.fp8.COPIES.clear()
+        layers.fp8.forget()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    for mine, theirs in zip(*seen):
+        assert theirs.norm() > 0 and (mine.float() - theirs.float()).norm() < 0.05 * theirs.float().norm()
 
 
 class Products(TorchDispatchMode):
