@@ -83,3 +83,5 @@ def check_fp8(torch_version: Optional[str], gpus: compat.Gpus, dtype: str, offlo
         raise UserError("run.fp8: torch %s has not all that it needs, 2.8 and later have; leave it out" % torch_version)
     if gpus.number and not gpus.fp8:
         raise UserError("run.fp8: %s has no fp8, cards since Ada and Hopper have; leave it out" % gpus.name)
+    if gpus.number and native.without_triton(gpus.number):  # torch.compile makes the weights' copies
+        raise UserError("run.fp8: %s; install it, or leave run.fp8 out" % native.without_triton(gpus.number))

@@ -48,7 +48,7 @@ def without_lion() -> Optional[str]:
 
 
 def without_triton(gpus: int) -> Optional[str]:
-    """Why Lion's Triton kernel cannot run (Triton compiles its launcher with a C compiler), or None."""
+    """Why a Triton kernel (Lion's, torch.compile's) cannot run (Triton compiles its launcher with a C compiler), or None."""
     if not gpus:
         return "there is no GPU"
     if importlib.util.find_spec("triton") is None:

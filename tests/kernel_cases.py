@@ -70,6 +70,39 @@ def engine(folder):
     return {"kernels": sorted(set(names)), "same": same}
 
 
+def machine_code(capability, dtype, size, groups, one, alibi, window):
+    """Compile both kernels for a card that need not be here -> bytes of shared memory that the first needs. Not interpreted."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    fixed = {
+        "GROUPS": groups, "G": kernel._power(groups), "SIZE": size, "E": kernel._power(size), "VALUES": size,
+        "F": kernel._power(size), "ONE": one,
+        "CHUNK": 512, "BLOCK": 64, "WINDOW": window, "ALIBI": alibi, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+    }  # fmt: skip
+    parts = dtype if one else "fp32"
+    kinds = dict.fromkeys(["q", "k", "v", "out"], "*" + dtype) | dict.fromkeys(["sums", "tops", "totals"], "*" + parts)
+    kinds.update(slopes="*fp32" if alibi else "*" + dtype, columns="*i64", scale="fp32")
+    shared = []
+    for function in (kernel._chunk,) if one else (kernel._chunk, kernel._together):
+        names = function.arg_names
+        made = triton.compile(
+            ASTSource(
+                fn=function,
+                signature={name: "constexpr" if name in fixed else kinds.get(name, "i32") for name in names},
+                constexprs={(place,): fixed[name] for place, name in enumerate(names) if name in fixed},
+                attrs={
+                    (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in kinds and name != "scale"
+                },
+            ),
+            target=GPUTarget("cuda", capability, 32),
+        )
+        assert made.asm["cubin"]
+        shared.append(made.metadata.shared)
+    return max(shared)
+
+
 if __name__ == "__main__":
     what, *given = sys.argv[1:]
     with torch.inference_mode():

@@ -18,8 +18,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def interpreted(*command):
-    env = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join([str(ROOT), TRITON]))
+def interpreted(*command, cache=None):
+    """``cache``: compile into that folder instead."""
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), TRITON]))
+    env.update({"TRITON_INTERPRET": "1"} if cache is None else {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)})
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.kernel_cases", *command],
         env=env,
@@ -52,6 +54,27 @@ def test_the_kernel_is_attention():
 def test_a_row_gets_the_same_bits_in_any_company():
     cases = ["None, False", "30, False", "None, True"]
     assert interpreted("company", *cases) == dict.fromkeys(cases, True)
+
+
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that a block may have: CUDA's guide, technical specifications
+
+
+def test_it_compiles_for_cards_that_are_not_here(tmp_path):
+    """A100, Ada and Hopper; heads of all usual sizes, grouped or not; with chunks and without."""
+    cases = [
+        "90, 'bf16', 64, 8, True, False, 0",
+        "90, 'bf16', 128, 1, False, False, 0",
+        "90, 'bf16', 128, 8, False, False, 4096",
+        "90, 'fp16', 64, 1, False, True, 0",
+        "89, 'bf16', 128, 4, False, False, 0",
+        "80, 'fp16', 128, 1, True, True, 0",
+        "80, 'bf16', 256, 2, False, False, 0",
+        "80, 'fp32', 64, 1, False, False, 0",
+    ]
+    found = interpreted("machine_code", *cases, cache=tmp_path)
+    assert list(found) == cases
+    for case, shared in found.items():
+        assert 0 < shared <= SHARED[int(case[:2])], case
 
 
 SMALL = {

@@ -176,13 +176,34 @@ def test_where_the_company_decides_it_is_said(tmp_path, monkeypatch, caplog, whe
     assert engine._cache.size == (1, 192)
 
 
-def test_where_that_cannot_be_tried_it_is_said(tmp_path, monkeypatch, caplog):
-    def fails(self, rows, columns):
-        raise RuntimeError("CUDA out of memory\nand more")
+def test_where_memory_is_short_what_was_tried_counts(tmp_path, monkeypatch, caplog):
+    def room(self, rows, columns):
+        if rows > 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory\nand more")
+        ROOM(self, rows, columns)
 
-    monkeypatch.setattr(Recorded, "room", lambda self, *size: fails(self, *size) if size[0] > 3 else ROOM(self, *size))
+    monkeypatch.setattr(Recorded, "room", room)
     engine, model = made(tmp_path)
     assert "what a row gets in company could not be tried: CUDA out of memory" in caplog.text
+    assert "depend on how many" not in caplog.text
+    assert greedy.of_engine(engine, [5, 6, 7], 4)[0] == greedy.of_model(model, [5, 6, 7], 4)
+
+
+def test_a_kernel_that_fails_in_a_larger_pass_is_not_taken(tmp_path, monkeypatch):
+    """As one that does not compile for it."""
+    plain, failed = attention.sdpa, []
+
+    def sdpa(q, k, v, attn_mask=None, **how):
+        if torch.backends.cuda.flash_sdp_enabled():
+            return plain(q, k, v, attn_mask=attn_mask, **how)
+        if k.shape[2] > 512:
+            failed.append(1)
+            raise OSError("no space left on device")
+        return always_alike(q, k, v, attn_mask)
+
+    monkeypatch.setattr(attention, "sdpa", sdpa)
+    engine, model = made(tmp_path, LONG)
+    assert failed and engine._recorded._kernel == attention.ANY
     assert greedy.of_engine(engine, [5, 6, 7], 4)[0] == greedy.of_model(model, [5, 6, 7], 4)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline_train import compat, config, device, families, plan
+from pipeline_train import compat, config, device, families, native, plan
 from pipeline_train.errors import UserError
 from pipeline_train.models import layers
 
@@ -110,11 +110,20 @@ def test_who_cannot_have_it(monkeypatch, sections, gpus, torch_version, text):
     assert str(caught.value) == text
 
 
+def test_the_copies_of_weights_need_a_compiler(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(compat, "gpus", lambda: CARD)
+    monkeypatch.setattr(native, "without_triton", lambda gpus: "there is no C compiler")
+    with pytest.raises(UserError) as caught:
+        device.resolve_device(run(), dict(compat.versions(), torch="2.13.0", deepspeed="0.19.8"), "run.yaml", print)
+    assert str(caught.value) == "run.fp8: there is no C compiler; install it, or leave run.fp8 out"
+
+
 def test_who_can_have_it_and_what_it_is_for(monkeypatch):
     said = []
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(compat, "gpus", lambda: CARD)
-    monkeypatch.setattr(compat, "check_compile", lambda *given: None)
+    monkeypatch.setattr(native, "without_triton", lambda gpus: None)
     versions = dict(compat.versions(), torch="2.13.0", deepspeed="0.19.8")
     assert device.resolve_device(run(run={"compile": True}), versions, "run.yaml", said.append) == 1 and not said
     device.resolve_device(run(), versions, "run.yaml", said.append)
