@@ -1,6 +1,5 @@
 """What a block costs where nothing is fused (torch 1.13 has neither sdpa nor torch.compile): operators that write something, and
-how much they write, beside the layers of the transformers that is installed. In 16 bits: bf16, which a CPU has, with fp16's operators.
-"""
+how much they write, beside the layers of the transformers that is installed. In bf16, which a CPU has, with fp16's operators."""
 
 from collections import Counter
 
