@@ -113,6 +113,8 @@ class Fsdp2(Peer):
     where the device has it. With ``keep``, weights and gradients stay whole on every rank between the micro-batches of a step:
     less communication for more memory."""
 
+    compiled = False
+
     def _built(self, case: Case) -> Any:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -120,7 +122,10 @@ class Fsdp2(Peer):
             model = empty_model(case, torch.float32)
         policy = MixedPrecisionPolicy(param_dtype=DTYPES[case.dtype], reduce_dtype=torch.float32)
         decoder = getattr(model, "transformer", None) or model.model
-        for block in decoder.h if hasattr(decoder, "h") else decoder.layers:
+        blocks = decoder.h if hasattr(decoder, "h") else decoder.layers
+        for number, block in enumerate(blocks):
+            if self.compiled:  # inside what is sharded: gathering and scattering stay outside the graph
+                blocks[number] = block = torch.compile(block, dynamic=False)
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
         model.to_empty(device=self.device)
@@ -135,6 +140,12 @@ class Fsdp2(Peer):
             self.model.set_reshard_after_backward(last)
 
 
+class Fsdp2Compiled(Fsdp2):
+    """The same, every block through torch.compile."""
+
+    compiled = True
+
+
 def _buffers_again(model: Any, case: Case) -> None:
     """What ``to_empty`` left unset beside the weights (the rotary frequencies), from a model of one block."""
     from dataclasses import replace
@@ -143,7 +154,7 @@ def _buffers_again(model: Any, case: Case) -> None:
     small = empty_model(replace(case, model=dict(case.model, **{key: 1})), torch.float32)
     reference = dict(small.named_buffers())
     for name, buffer in model.named_buffers():
-        buffer.copy_(reference[name].to(buffer.device))
+        buffer.copy_(reference[name.replace("_orig_mod.", "")].to(buffer.device))
 
 
 class Zero3(Peer):

@@ -24,7 +24,7 @@ from .task import Case  # noqa: E402
 ENGINES = {
     "ours": "bench.ours:Ours", "ancestor": "bench.ancestor:Ancestor", "hf": "bench.peers:Hf", "hf-eager": "bench.peers:HfEager",
     "hf-compiled": "bench.peers:HfCompiled",
-    "fsdp2": "bench.peers:Fsdp2", "zero3": "bench.peers:Zero3",
+    "fsdp2": "bench.peers:Fsdp2", "fsdp2-compiled": "bench.peers:Fsdp2Compiled", "zero3": "bench.peers:Zero3",
 }  # fmt: skip
 
 

@@ -1,14 +1,16 @@
 """A pipeline over all GPUs of one machine against ZeRO-3 and FSDP2, and the rest of the road on them.
 
     python benchmarks/multi_gpu.py --output rows.json                  # everything; a rehearsal on CPU processes: --cpu 2
-    python benchmarks/multi_gpu.py --output rows.json --only llama     # several parts: llama:pipeline+fsdp2,road
+    python benchmarks/multi_gpu.py --output rows.json --only llama     # several parts: llama:pipeline+fsdp2,road:killed+speed
     python benchmarks/multi_gpu.py --output rows.json --minutes 9      # what does not fit into the time is said and left out
+    ... --only llama:zero3 --cases '{"zero3": [{"seq": 2048, "micro": 4, "recompute": "none"}]}'
 
 llama and bloom: 7B geometry, random weights, bf16, a step of 128 rows of 1024 and of 2048 tokens. The pipeline is P = all GPUs with
 D = 1, and P = half of them with D = 2. Each is tuned first on a quarter of the rows: the peers over micro-batches of 1, 2, 4 and 8,
-with and without recomputation, FSDP2 also with weights kept whole during a step; the pipeline over what its plan lets in, with
-run.compile and without. The best is then measured on the whole step. All of it runs in multi_gpu_rank.py, which says what the peers
-are; road is multi_gpu_road.py.
+with and without recomputation, FSDP2 also with weights kept whole during a step, and with every block through torch.compile; the
+pipeline over what its plan lets in, with run.compile and without, and with run.fp8. The best is then measured on the whole step.
+--cases names the cases of an engine instead (what an earlier call found to be best); rows, where a case names none, are those of a
+whole step. All of it runs in multi_gpu_rank.py, which says what the peers are; road is multi_gpu_road.py.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from bench import shapes  # noqa: E402
 
 SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "n_layer": 4,
          "num_attention_heads": 4, "n_head": 4}  # fmt: skip
-ENGINES = ("pipeline", "fsdp2", "zero3", "pipeline2")  # pipeline2: with D = 2
+ENGINES = ("pipeline", "pipeline-fp8", "fsdp2-compiled", "fsdp2", "zero3", "pipeline2")  # pipeline2: with D = 2
 SILENT_S = 150.0  # between two rows
 
 
@@ -54,7 +56,7 @@ class Bench:
         return {key: SMALL.get(key, value) for key, value in known.items()} if self.cpu else known
 
     def train(self, engine, family, cases, until_failure=False, positions=4096, **task):
-        """Rows of the cases, in order; after a failure the others go on in new processes, but for the hopeless ones."""
+        """-> the rows of the cases, in order; after a failure the others go on in new processes, but for the hopeless ones."""
         model = self.model(family)
         if family == "llama":
             model["max_position_embeddings"] = positions
@@ -71,6 +73,7 @@ class Bench:
             task["cases"] = [case for case in task["cases"][len(new) :] if not hopeless(found, case)]
             if until_failure and "error" in new[-1]:
                 break
+        return found
 
     def _ranks(self, task):
         """One set of processes, until they have done all cases or one has failed; -> a row for each case tried."""
@@ -119,7 +122,7 @@ def shown(row):
         return json.dumps(row)
     what = "%-8s %-5s" % (row.get("engine"), row.get("family"))
     what += "".join(
-        " %s %s" % (key, row[key]) for key in ("seq", "data", "micro", "recompute", "keep", "compile", "rows") if key in row
+        " %s %s" % (key, row[key]) for key in ("seq", "data", "micro", "recompute", "keep", "compile", "fp8", "rows") if key in row
     )
     if "error" in row:
         return "%s: %s" % (what, row["error"])
@@ -143,31 +146,35 @@ def hopeless(found, case):
     return False
 
 
-def compare(bench, family, batch, seqs, wanted):
-    """The ``wanted`` engines in turn: tuned on a quarter of the rows, then the best on all of them."""
+def compare(bench, family, batch, seqs, wanted, given):
+    """The ``wanted`` engines in turn: tuned on a quarter of the rows, then the best on all of them; or the ``given`` cases."""
     short, long = seqs
     for engine in wanted:
-        if engine in ("pipeline", "pipeline2"):
-            cases = pipeline_cases(family, 2 if engine == "pipeline2" else 1, short, long, batch)
+        ours = engine.startswith("pipeline")
+        if engine in given:
+            cases = given[engine]
+        elif ours:
+            cases = pipeline_cases(family, engine, short, long, batch)
         else:
             cases = peer_cases(engine, short, long, batch)
-        bench.train("pipeline" if engine == "pipeline2" else engine, family, cases, batch=batch, steps=1)
+        bench.train("pipeline" if ours else engine, family, cases, batch=batch, steps=1)
 
 
-def pipeline_cases(family, data, short, long, batch):
+def pipeline_cases(family, engine, short, long, batch):
     """What may be fastest by the plan's memory; a replica's rank holds more of the model. Short rows: as many tokens at once."""
+    same = {"data": 2 if engine == "pipeline2" else 1, "fp8": engine == "pipeline-fp8"}
     tried = {
-        ("llama", 1): [(4, "none", True), (2, "none", True), (4, "none", False)], ("llama", 2): [(2, "none", True)],
-        ("bloom", 1): [(2, "none", True), (2, "none", False)], ("bloom", 2): [(2, "blocks", True)],
-    }[family, data]  # fmt: skip
-    cases = [{"seq": long, "data": data, "micro": micro, "recompute": recompute, "compile": compiled, "rows": batch // 4}
+        "pipeline": [(4, "none", True), (2, "none", True), (4, "none", False)], "pipeline2": [(2, "none", True)],
+        "pipeline-fp8": [(4, "none", True)],
+    }[engine]  # fmt: skip
+    cases = [dict(same, seq=long, micro=micro, recompute=recompute, compile=compiled, rows=batch // 4)
              for micro, recompute, compiled in tried]  # fmt: skip
-    return cases + [{"seq": long, "data": data, "best": long}, {"seq": short, "data": data, "best": long}]
+    return cases + [dict(same, seq=long, best=long), dict(same, seq=short, best=long)]
 
 
 def peer_cases(engine, short, long, batch):
     """Every micro-batch, the likely best first; recomputation where the memory it saves could be worth it."""
-    keep = [{"keep": True}] if engine == "fsdp2" else []
+    keep = [{"keep": True}] if engine.startswith("fsdp2") else []
     cases = [{"seq": long, "micro": micro, "recompute": again} for micro, again in ((4, "none"), (2, "none"), (8, "blocks"))]
     cases += [dict(cases[0], **more) for more in keep] + [{"seq": long, "best": long}]
     cases += [{"seq": short, "micro": micro, "recompute": "none"} for micro in (8, 4)]
@@ -177,12 +184,19 @@ def peer_cases(engine, short, long, batch):
 
 
 def longest(bench, family, batch):
-    """How long a row may be before memory ends: twice as long each time, one row a micro-batch, recomputation."""
-    seqs = (256, 512) if bench.cpu else (8192, 16384, 32768, 65536)
-    for engine in ("pipeline", "fsdp2", "zero3"):
-        cases = [{"seq": seq, "micro": 1, "recompute": "blocks", "rows": 4, "steps": 1} for seq in seqs]
-        bench.train(engine, family, [dict(case, data=1) if engine == "pipeline" else case for case in cases], batch=batch, steps=1,
-                    until_failure=True, positions=seqs[-1])  # fmt: skip
+    """How long a row may be before memory ends, one row a micro-batch, blocks recomputed: the peers' lengths in turn (the first one
+    only makes their optimizer's state), then the pipeline from the first that they both could not do."""
+    seqs = (64, 128, 256) if bench.cpu else (8192, 65536, 98304, 131072)
+    case = {"micro": 1, "recompute": "blocks", "rows": batch, "steps": 1}
+    reached = seqs[0]
+    for engine in ("fsdp2", "zero3"):
+        cases = [dict(case, seq=seq, warm=seq > seqs[0]) for seq in seqs]
+        rows = bench.train(engine, family, cases, batch=batch, steps=1, until_failure=True, positions=seqs[-1])
+        reached = max([reached] + [row["seq"] for row in rows if "tokens_per_s" in row])
+    cases = [dict(case, seq=seq, warm=True, data=1, compile=True) for seq in seqs if seq > reached] or [
+        dict(case, seq=2 * seqs[-1], warm=True, data=1, compile=True)
+    ]
+    bench.train("pipeline", family, cases, batch=batch, steps=1, until_failure=True, positions=cases[-1]["seq"])
 
 
 def main():
@@ -190,6 +204,7 @@ def main():
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--only", default="llama,bloom,road,longest-llama", help="parts, in this order: %(default)s")
     parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--cases", type=json.loads, default={}, help="engine: cases, as JSON, instead of tuning")
     parser.add_argument("--cpu", type=int, metavar="N", help="a rehearsal: tiny models on N CPU processes")
     args = parser.parse_args()
     if args.cpu:
@@ -200,16 +215,17 @@ def main():
         gpus = torch.cuda.device_count()
     bench = Bench(gpus, args.output, args.minutes, bool(args.cpu))
     for what in args.only.split(","):
-        if what == "road":
+        name, _, parts = what.partition(":")
+        wanted = parts.split("+") if parts else None
+        if name == "road":
             from benchmarks import multi_gpu_road
 
-            multi_gpu_road.road(bench)
-        elif what.startswith("longest-"):
-            longest(bench, what[len("longest-") :], 4)
+            multi_gpu_road.road(bench, wanted or multi_gpu_road.PARTS)
+        elif name.startswith("longest-"):
+            longest(bench, name[len("longest-") :], 2)
         else:
-            family, _, engines = what.partition(":")
-            compare(bench, family, 64 if args.cpu else 128, (64, 128) if args.cpu else (1024, 2048),
-                    engines.split("+") if engines else ENGINES)  # fmt: skip
+            seqs = (64, 128) if args.cpu else (1024, 2048)
+            compare(bench, name, 64 if args.cpu else 128, seqs, wanted or ENGINES, args.cases)
     return int(not bench.rows)
 
 

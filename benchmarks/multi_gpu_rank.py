@@ -3,8 +3,9 @@
     RANK=... LOCAL_RANK=... WORLD_SIZE=... MASTER_ADDR=... MASTER_PORT=... python benchmarks/multi_gpu_rank.py '<task as JSON>'
 
 A task: {engine: pipeline | zero3 | fsdp2, model: config.json's content, batch: rows of a step, steps: timed ones, cases: [{seq,
-micro, recompute, rows (of a step, where they differ), data and compile (pipeline), keep (fsdp2)}], known: rows of an earlier
-process}. A case with ``best``: a sequence length, takes the rest from the fastest row of that length, as many tokens at once.
+micro, recompute, rows (of a step, where they differ), data, compile and fp8 (pipeline), keep (fsdp2), warm (no step beforehand)}],
+known: rows of an earlier process}. A case with ``best``: a sequence length, takes the rest from the fastest row of that length, as
+many tokens at once.
 
 Weights are random, made on the device; every row of tokens is one document, every token is learnt. The engines: bench/.
 """
@@ -34,8 +35,7 @@ def case_of(task, case):
     return Case(
         "ours" if ours else task["engine"], task["model"], case["seq"], case["micro"], rows // data // case["micro"],
         pipe=world // data, data=data, recompute=case["recompute"], compile=case.get("compile", False),
-        keep=case.get("keep", False),
-        steps=case.get("steps", task["steps"]),
+        fp8=case.get("fp8", False), keep=case.get("keep", False), steps=case.get("steps", task["steps"]),
     )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def measure(task, case):
     import torch.distributed as dist
 
     one, began = case_of(task, case), time.perf_counter()
-    warm = one.engine in built and case.get("best") == case["seq"]  # it has taken steps of this shape before
+    warm = case.get("warm") or (one.engine in built and case.get("best") == case["seq"])  # it has taken steps of this shape before
     engine = built.get(one.engine) or measuring.build(one)
     build_s = time.perf_counter() - began
     if one.engine != "ours":
@@ -68,7 +68,7 @@ def best_of(known, case):
     dist.broadcast_object_list(chosen, src=0)
     if chosen[0] is None:
         raise SystemExit("no case of seq %d has been measured" % case["best"])
-    same = {key: chosen[0][key] for key in ("recompute", "keep", "compile") if key in chosen[0]}
+    same = {key: chosen[0][key] for key in ("recompute", "keep", "compile", "fp8") if key in chosen[0]}
     return dict(same, micro=chosen[0]["micro"] * case["best"] // case["seq"], **case)
 
 

@@ -4,8 +4,9 @@ many as stages less two), with figures. Rows: {what, ...}.
 losses    20 steps on all GPUs as a pipeline, and on one GPU: the largest relative difference of a step's loss
 killed    a rank killed with SIGKILL at step 12 of 20: seconds until the command has ended, its exit code and last line; then
           --resume: the largest relative difference of a step's loss from the unkilled run's
-export    the export of all ranks at the end of the training, its proof; export_from_ranks.py for the speed at 7B
+export    the export of all ranks at the end of the training, its proof
 generate  DeepSpeed's tensor-parallel generation on two GPUs and on one, fp32, greedy: whether the texts are equal
+speed     export_from_ranks.py: the export of all ranks at 7B
 """
 
 import json
@@ -14,14 +15,17 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 20
+PARTS = ("losses", "killed", "generate", "speed")
 PROMPTS = ["red green blue", "the number of one is", "two three and the answer"]
 
 
-def road(bench):
+def road(bench, parts):
+    """losses and killed at the same time, the rest one after another."""
     work = bench.output.resolve().parent / "road"
     work.mkdir(parents=True, exist_ok=True)
     blocks = max(2, bench.gpus - 2)
@@ -29,10 +33,23 @@ def road(bench):
     environment = dict(os.environ, OMP_NUM_THREADS="1") if bench.cpu else dict(os.environ)
     if bench.cpu:
         environment["DS_ACCELERATOR"] = "cpu"
-    whole = losses(bench, work, environment)
-    killed(bench, work, environment, whole)
-    generate(bench, work, environment)
-    speed(bench, work, environment)
+    with ThreadPoolExecutor() as pool:
+        names = [name for name in ("all", "one") if "losses" in parts]
+        if "killed" in parts and "all" not in names:
+            names.append("all")  # what the resumed run is held against
+        runs = {name: pool.submit(trained, bench, work, environment, name) for name in names}
+        row = pool.submit(killed, bench, work, environment) if "killed" in parts else None
+    whole = runs["all"].result() if "all" in runs else {}
+    if "losses" in parts:
+        losses(bench, runs["all"].result(), runs["one"].result())
+    if row:
+        compared = whole.get("steps") and not row.result()["resumed"]
+        steps = steps_of(work / "killed")
+        bench.add(dict(row.result(), farthest=farthest(steps, whole["steps"], range(1, STEPS + 1)) if compared else None))
+    if "generate" in parts:
+        generate(bench, work, environment)
+    if "speed" in parts:
+        speed(bench, work, environment)
 
 
 def make(work, blocks, hidden):
@@ -78,27 +95,30 @@ def farthest(a, b, steps):
     return None if missing else max(abs(a[step] - b[step]) / abs(b[step]) for step in steps)
 
 
-def losses(bench, work, environment):
-    runs, rows = {}, {}
-    for name, pipe in (("all", bench.gpus), ("one", 1)):
-        began = time.monotonic()
-        done = subprocess.run(command("train", "--config", settings(bench, work, name, pipe)), env=environment, capture_output=True,
-                              text=True, check=False)  # fmt: skip
-        rows[name] = {"pipe": pipe, "code": done.returncode, "seconds": round(time.monotonic() - began, 1), "last": ended(done)}
-        if done.returncode:
-            bench.add({"what": "losses", "failed": name, "stderr": done.stderr[-2000:], **rows[name]})
-            return {}
-        runs[name] = steps_of(work / name)
-        if name == "all":
-            proof = json.loads((work / "export" / "proof.json").read_text())
-            said = [line for line in done.stderr.splitlines() if "GB/s" in line]
-            bench.add({"what": "export", "proved": proof.get("holds", proof.get("ok")), "said": said[-3:]})
-    far = farthest(runs["all"], runs["one"], range(1, STEPS + 1))
-    bench.add({"what": "losses", "runs": rows, "first": runs["all"][1], "last": runs["all"][STEPS], "farthest": far})
-    return runs["all"]
+def trained(bench, work, environment, name):
+    """The run on all GPUs or on one; -> {pipe, code, seconds, last: the last line, steps: losses}."""
+    pipe, began = bench.gpus if name == "all" else 1, time.monotonic()
+    words = command("train", "--config", settings(bench, work, name, pipe))
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    row = {"pipe": pipe, "code": done.returncode, "seconds": round(time.monotonic() - began, 1), "last": ended(done)}
+    if done.returncode:
+        bench.add({"what": "run", "failed": name, "stderr": done.stderr[-2000:], **row})
+        return row
+    if name == "all":
+        proof = json.loads((work / "export" / "proof.json").read_text())
+        said = [line for line in done.stderr.splitlines() if "GB/s" in line]
+        bench.add({"what": "export", "proved": proof["holds"], "said": said[-3:]})
+    return dict(row, steps=steps_of(work / name))
 
 
-def killed(bench, work, environment, whole):
+def losses(bench, whole, one):
+    if "steps" in whole and "steps" in one:
+        a, b = whole.pop("steps"), one.pop("steps")
+        bench.add({"what": "losses", "runs": [whole, one], "first": a[1], "last": a[STEPS], "farthest": farthest(a, b, a)})
+        whole["steps"] = a
+
+
+def killed(bench, work, environment):
     path, out = settings(bench, work, "killed", bench.gpus), work / "killed"
     process = subprocess.Popen(command("train", "--config", path), env=environment, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not ((out / "metrics.jsonl").is_file() and max(steps_of(out), default=0) >= 12):
@@ -110,14 +130,10 @@ def killed(bench, work, environment, whole):
         os.kill(ranks[-1], signal.SIGKILL)
     stderr = process.communicate()[1]
     row = {"what": "killed", "ranks": len(ranks), "seconds": round(time.monotonic() - began, 2), "code": process.returncode,
-           "last": stderr.strip().splitlines()[-1]}  # fmt: skip
-    done = subprocess.run(
-        command("train", "--config", path, "--resume"), env=environment, capture_output=True, text=True, check=False
-    )
-    row.update(resumed=done.returncode, resumed_last=ended(done))
-    if done.returncode == 0 and whole:
-        row["farthest"] = farthest(steps_of(out), whole, range(1, STEPS + 1))
-    bench.add(row)
+           "last": stderr.strip().splitlines()[-1], "steps": max(steps_of(out), default=0)}  # fmt: skip
+    words = command("train", "--config", path, "--resume")
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    return dict(row, resumed=done.returncode, resumed_last=ended(done))
 
 
 def generate(bench, work, environment):
@@ -156,7 +172,7 @@ def speed(bench, work, environment):
         return
     path = work / "export.json"
     words = [sys.executable, str(ROOT / "benchmarks" / "export_from_ranks.py"), "--ranks", str(bench.gpus), "--runs", "1", "--dir",
-             str(work), "--json", str(path), "--blocks", "2" if bench.cpu else "16"] + (["--cpu"] if bench.cpu else [])  # fmt: skip
+             str(work), "--json", str(path), "--blocks", "2" if bench.cpu else "32"] + (["--cpu"] if bench.cpu else [])  # fmt: skip
     row = {"what": "export speed"}
     try:
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=bench.left, check=False)
