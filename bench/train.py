@@ -18,7 +18,7 @@ from .task import Case
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = ("ancestor", "hf", "hf-compiled")  # peers of one process
-TOGETHER = ("ancestor", "zero3", "fsdp2")  # of several
+TOGETHER = ("ancestor", "zero3", "fsdp2", "fsdp2-compiled")  # of several
 MICROS = (1, 2, 4, 8)
 LIMIT_S = 900.0
 Say = Callable[[str], None]

@@ -154,13 +154,14 @@ def compare(bench, family, batch, seqs, wanted, given):
         if engine in given:
             cases = given[engine]
         elif ours:
-            cases = pipeline_cases(family, engine, short, long, batch)
+            cases = pipeline_cases(engine, short, long, batch)
         else:
             cases = peer_cases(engine, short, long, batch)
-        bench.train("pipeline" if ours else engine, family, cases, batch=batch, steps=1)
+        positions = max([4096] + [case["seq"] for case in cases])
+        bench.train("pipeline" if ours else engine, family, cases, batch=batch, steps=1, positions=positions)
 
 
-def pipeline_cases(family, engine, short, long, batch):
+def pipeline_cases(engine, short, long, batch):
     """What may be fastest by the plan's memory; a replica's rank holds more of the model. Short rows: as many tokens at once."""
     same = {"data": 2 if engine == "pipeline2" else 1, "fp8": engine == "pipeline-fp8"}
     tried = {
@@ -185,17 +186,19 @@ def peer_cases(engine, short, long, batch):
 
 def longest(bench, family, batch):
     """How long a row may be before memory ends, one row a micro-batch, blocks recomputed: the peers' lengths in turn (the first one
-    only makes their optimizer's state), then the pipeline from the first that they both could not do."""
-    seqs = (64, 128, 256) if bench.cpu else (8192, 65536, 98304, 131072)
+    only makes their optimizer's state), then the pipeline from the first that they both could not do. Its rows are of several
+    documents, because attention to a whole row takes minutes; memory does not depend on it."""
+    seqs = (64, 128, 256) if bench.cpu else (8192, 65536, 131072, 163840)
     case = {"micro": 1, "recompute": "blocks", "rows": batch, "steps": 1}
     reached = seqs[0]
     for engine in ("fsdp2", "zero3"):
         cases = [dict(case, seq=seq, warm=seq > seqs[0]) for seq in seqs]
         rows = bench.train(engine, family, cases, batch=batch, steps=1, until_failure=True, positions=seqs[-1])
         reached = max([reached] + [row["seq"] for row in rows if "tokens_per_s" in row])
-    cases = [dict(case, seq=seq, warm=True, data=1, compile=True) for seq in seqs if seq > reached] or [
-        dict(case, seq=2 * seqs[-1], warm=True, data=1, compile=True)
-    ]
+    cases = []
+    for seq in [seq for seq in seqs if seq > reached] or [2 * seqs[-1]]:
+        document = min(16384, seq // 4)
+        cases.append(dict(case, seq=seq, warm=True, data=1, compile=True, documents=[[document, document]] * (seq // document)))
     bench.train("pipeline", family, cases, batch=batch, steps=1, until_failure=True, positions=cases[-1]["seq"])
 
 

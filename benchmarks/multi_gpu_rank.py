@@ -3,11 +3,11 @@
     RANK=... LOCAL_RANK=... WORLD_SIZE=... MASTER_ADDR=... MASTER_PORT=... python benchmarks/multi_gpu_rank.py '<task as JSON>'
 
 A task: {engine: pipeline | zero3 | fsdp2, model: config.json's content, batch: rows of a step, steps: timed ones, cases: [{seq,
-micro, recompute, rows (of a step, where they differ), data, compile and fp8 (pipeline), keep (fsdp2), warm (no step beforehand)}],
-known: rows of an earlier process}. A case with ``best``: a sequence length, takes the rest from the fastest row of that length, as
-many tokens at once.
+micro, recompute, rows (of a step, where they differ), data, compile and fp8 (pipeline), keep (fsdp2), warm (no step beforehand),
+documents (see bench.task.Case; default: each row is one)}], known: rows of an earlier process}. A case with ``best``: a sequence
+length, takes the rest from the fastest row of that length, as many tokens at once.
 
-Weights are random, made on the device; every row of tokens is one document, every token is learnt. The engines: bench/.
+Weights are random, made on the device; every token is learnt. The engines: bench/.
 """
 
 import gc
@@ -35,7 +35,8 @@ def case_of(task, case):
     return Case(
         "ours" if ours else task["engine"], task["model"], case["seq"], case["micro"], rows // data // case["micro"],
         pipe=world // data, data=data, recompute=case["recompute"], compile=case.get("compile", False),
-        fp8=case.get("fp8", False), keep=case.get("keep", False), steps=case.get("steps", task["steps"]),
+        fp8=case.get("fp8", False), keep=case.get("keep", False),
+        documents=case.get("documents", []), steps=case.get("steps", task["steps"]),
     )  # fmt: skip
 
 
@@ -44,13 +45,13 @@ def measure(task, case):
     import torch.distributed as dist
 
     one, began = case_of(task, case), time.perf_counter()
-    warm = case.get("warm") or (one.engine in built and case.get("best") == case["seq"])  # it has taken steps of this shape before
+    known = one.engine in built and case.get("best") == case["seq"]  # it has taken steps of this shape before
     engine = built.get(one.engine) or measuring.build(one)
     build_s = time.perf_counter() - began
     if one.engine != "ours":
         built[one.engine] = engine
         engine.use(one)
-    row = measuring.measure(engine, one, warm)
+    row = measuring.measure(engine, one, known or case.get("warm", False))
     kept = ("card", "step_s", "all_s", "tokens_per_s", "mfu", "gib", "ranks", "loss")
     return dict(case, engine=task["engine"], family=row["family"], gpus=dist.get_world_size(), rows=one.rows,
                 samples_per_s=one.rows / row["step_s"], built_s=round(build_s, 1), **{key: row[key] for key in kept})  # fmt: skip

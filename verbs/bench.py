@@ -30,7 +30,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--compile", action="store_true", help="run.compile")
     train.add_argument("--fp8", action="store_true", help="run.fp8")
     train.add_argument("--steps", type=int, default=3, metavar="N", help="that are timed; default 3")
-    train.add_argument("--peers", action="store_true", help="also the ancestor's way and transformers alone, or ZeRO-3 and FSDP2")
+    train.add_argument(
+        "--peers", action="store_true", help="also the ancestor's way and transformers alone, or ZeRO-3 and FSDP2 (and compiled)"
+    )
     convert = what.add_parser("convert", help="from-hf and to-hf of a synthetic model against cp of the same files")
     convert.add_argument("--model", default="llama-tiny", metavar="NAME", help="as for train; default llama-tiny")
     convert.add_argument("--blocks", type=int, metavar="N")

@@ -11,6 +11,7 @@ from bench import shapes
 from bench.rows import drawn
 from bench.task import Case
 from bench.train import measured
+from tests import compiler
 from tests.models import make_hf, tiny_config
 from tests.tokenizers import tiny_tokenizer
 
@@ -35,7 +36,8 @@ def test_our_pipeline_on_two_stages_with_its_stages_figures():
 
 @pytest.mark.parametrize("engine, family, world", [
     ("ancestor", "llama", 1), ("ancestor", "bloom", 2), ("hf", "bloom", 1), ("hf-eager", "llama", 1), ("zero3", "llama", 2),
-    ("fsdp2", "llama", 2),
+    ("fsdp2", "llama", 2), ("fsdp2", "bloom", 2),
+    pytest.param("fsdp2-compiled", "llama", 2, marks=pytest.mark.skipif(not compiler.CAN, reason=compiler.WHY_NOT)),
 ])  # fmt: skip
 def test_peers_train_the_same_geometry(engine, family, world):
     case = replace(CASE, engine=engine, model=shapes.model_of(family + "-tiny", 2))
