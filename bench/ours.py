@@ -19,8 +19,10 @@ class Ours:
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.dims = case, families.dims_of(case.model)
         self.run = config.parse(case.settings())
-        boundaries = plan.bounds(self.dims, case.pipe, self.run.parallel.parts, case.seq, case.recompute == "blocks")
-        self.run.parallel.parts = plan.parts_of(boundaries)
+        self.run.parallel.parts = plan.parts_for(
+            self.run, self.dims, plan.card_here() if device.type == "cuda" else None, "current"
+        )
+        boundaries = plan.bounds(self.dims, case.pipe, self.run.parallel.parts)
         self.planned = plan.memory_of(self.run, self.dims)
         self.pipe = engine.Pipeline(self.run, self.dims, boundaries, device.type == "cuda")
         for layer, module in self.pipe.stage.layers.items():

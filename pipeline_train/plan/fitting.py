@@ -14,10 +14,10 @@ def bounds_on(sizes: Sizes, setup: Setup, parts: Union[str, Sequence[int]], gpu:
     """Stage bounds under the card's limit if that can be; else, or for no card, without one."""
     if gpu is not None:
         try:
-            return bounds(sizes.dims, setup.pipe, parts, setup.seq_len, setup.again, fits_on(sizes, setup, gpu))
+            return bounds(sizes.dims, setup.pipe, parts, setup.seq_len, setup.again, fits_on(sizes, setup, gpu), setup.fp8_pays)
         except NoSplit:
             pass
-    return bounds(sizes.dims, setup.pipe, parts, setup.seq_len, setup.again)
+    return bounds(sizes.dims, setup.pipe, parts, setup.seq_len, setup.again, fp8=setup.fp8_pays)
 
 
 def fits_on(sizes: Sizes, setup: Setup, gpu: str) -> Fits:

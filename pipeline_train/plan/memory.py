@@ -52,6 +52,11 @@ class Setup(NamedTuple):
         return self.recompute == "blocks"
 
     @property
+    def fp8_pays(self) -> bool:
+        """Without run.compile the rounding takes longer than the products gain."""
+        return self.fp8 and self.compiled
+
+    @property
     def width(self) -> int:
         return WIDTH[self.dtype]
 

@@ -191,7 +191,7 @@ def _notes(document: Dict[str, Any], sizes: Sizes, wished: Wish, gpu: str) -> Li
 def _other_parts(sizes: Sizes, setup: Setup, gpu: str) -> List[str]:
     """Whether as many stages, cut otherwise, would fit."""
     try:
-        found = bounds(sizes.dims, setup.pipe, "auto", setup.seq_len, setup.again, fits_on(sizes, setup, gpu))
+        found = bounds(sizes.dims, setup.pipe, "auto", setup.seq_len, setup.again, fits_on(sizes, setup, gpu), setup.fp8_pays)
     except NoSplit:
         return []
     return ["parts %s would fit" % parts_of(found)]

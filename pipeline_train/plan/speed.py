@@ -35,11 +35,12 @@ def bubble(pipe: int, micro_batches: int) -> float:
 def speed(dims: Dims, sizes: Sizes, setup: Setup, boundaries: Sequence[int], gpu: str, link: Link, mfu: float) -> Speed:
     """``mfu``: share of the card's peak that arithmetic reaches, recomputation counted as work."""
     card, tokens = GPUS[gpu], setup.micro * setup.seq_len
-    weights, products = (layer_weights(dims, length, setup.again) for length in (setup.seq_len, 0))
+    weights = layer_weights(dims, setup.seq_len, setup.again)
+    work_of, products = (
+        layer_weights(dims, length, setup.again, setup.fp8_pays and bool(card.fp8)) for length in (setup.seq_len, 0)
+    )
     dearer = FLEX if setup.compiled else 1.0
-    costs = [product + (both - product) * dearer for both, product in zip(weights, products)]
-    if setup.compiled and setup.fp8 and card.fp8 and card.compiled:
-        costs[-1] *= card.fp8 / card.compiled  # the head's products stay as they are
+    costs = [product + (both - product) * dearer for both, product in zip(work_of, products)]
     flops, work = ([sum(each[a:b]) for a, b in zip(boundaries, boundaries[1:])] for each in (weights, costs))
     peak = card.tflops * 1e12 * mfu * (0.125 if setup.dtype == "fp32" else 1.0)
     hidden = tokens * dims.hidden * setup.width

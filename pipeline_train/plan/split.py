@@ -2,7 +2,8 @@
 
 Cost model, per token of one row, counted in multiply-adds x 2 (FLOPs): a matrix of n parameters costs 2n forward and 4n
 backward; causal attention over rows of T tokens costs 2 x 2 x q_size x T/2 forward on average and twice that backward;
-recomputing a block adds its forward once more. An embedding lookup costs nothing, but its parameters take memory.
+recomputing a block adds its forward once more. An embedding lookup costs nothing, but its parameters take memory. With run.fp8 a
+FLOP of the head, which stays in bf16, takes longer than one of the blocks.
 """
 
 from typing import Any, Callable, List, Optional, Sequence, Union
@@ -11,6 +12,9 @@ from ..errors import UserError
 from ..families import FAMILIES, Dims
 
 Join = Callable[[Any, Any], float]
+FP8_HEAD = (
+    1.25  # so much longer: 13 and 17 blocks of bloom-7B, and 13 and a head, with run.fp8 and without (benchmarks/results, H200)
+)
 Cost = Callable[[int, int, int], float]  # stage, start, end
 Fits = Callable[[int, int, int], bool]  # stage, start, end; what fits still fits with fewer layers
 
@@ -21,11 +25,11 @@ def matrix_params(dims: Dims, layer: int) -> int:
     return sum(slot.size(dims)[0] * slot.size(dims)[1] for slot in slots if len(slot.shape) == 2)
 
 
-def layer_weights(dims: Dims, seq_len: int, recompute: bool = False) -> List[float]:
-    """FLOPs per token, forward and backward, of each layer (embed, blocks, head)."""
+def layer_weights(dims: Dims, seq_len: int, recompute: bool = False, fp8: bool = False) -> List[float]:
+    """FLOPs per token, forward and backward, of each layer (embed, blocks, head), the head's as ``fp8`` makes them."""
     attention = 2.0 * dims.q_size * seq_len
     block = (2.0 * matrix_params(dims, 1) + attention) * (4 if recompute else 3)
-    head = 2.0 * matrix_params(dims, dims.layers - 1) * 3
+    head = 2.0 * matrix_params(dims, dims.layers - 1) * 3 * (FP8_HEAD if fp8 else 1)
     return [0.0] + [block] * dims.blocks + [head]
 
 
@@ -36,6 +40,7 @@ def bounds(
     seq_len: int = 2048,
     recompute: bool = False,
     fits: Optional[Fits] = None,
+    fp8: bool = False,
 ) -> List[int]:
     """P + 1 layer boundaries: stage s owns layers [bounds[s], bounds[s + 1]). Every stage owns at least one layer.
 
@@ -51,7 +56,7 @@ def bounds(
             raise UserError("parallel.parts: %s does not split %d layers (embed + %d blocks + head) into %d stages of 1 or more"
                             % (list(parts), dims.layers, dims.blocks, pipe))  # fmt: skip
         return _cumulated(parts)
-    flops = layer_weights(dims, seq_len, recompute)
+    flops = layer_weights(dims, seq_len, recompute, fp8)
     sizes = [float(matrix_params(dims, layer)) for layer in range(dims.layers)]
     ends = None if fits is None else _ends(dims.layers, pipe, fits)
     slowest = _split(flops, pipe, None, None, ends)

@@ -17,8 +17,8 @@ def need(run: RunConfig, dims: Dims, raw: Dict[str, Any], cuda: bool, first: int
     """Of the node that has ``ranks`` ranks from ``first`` on, in bytes: {"gpu": of each rank's card, or None, "host": of the CPU's
     memory at least, "copy": of it, for saves behind the next steps, "checkpoint": one of them, "checkpoints": how many are on the
     disk at most}. ``raw``: the model's config.json."""
-    run = _filled(run, dims, raw, cuda)
-    stack = "pinned" if compat.release(compat.versions()["torch"] or "0") < (2,) else "current"
+    stack = compat.stack(compat.versions())
+    run = _filled(run, dims, raw, cuda, stack)
     stages = plan.memory_of(run, dims, stack)
     mine = [stages[stage_of(run, rank)] for rank in range(first, first + ranks)]
     context = cards.CONTEXT_GIB
@@ -36,14 +36,12 @@ def stage_of(run: RunConfig, rank: int) -> int:
     return rank // run.parallel.data if run.parallel.axes[0] == "pipe" else rank % run.parallel.pipe
 
 
-def _filled(run: RunConfig, dims: Dims, raw: Dict[str, Any], cuda: bool) -> RunConfig:
+def _filled(run: RunConfig, dims: Dims, raw: Dict[str, Any], cuda: bool, stack: str) -> RunConfig:
     """As prepare fills it."""
     run = copy.deepcopy(run)
     if run.model.dtype == "auto":
         run.model.dtype = "bf16" if cuda else "fp32"
     if run.data.seq_len is None:
         run.data.seq_len = default_seq_len(raw, dims)
-    if run.parallel.parts == "auto":
-        bounds = plan.bounds(dims, run.parallel.pipe, "auto", run.data.seq_len, run.parallel.recompute == "blocks")
-        run.parallel.parts = plan.parts_of(bounds)
+    run.parallel.parts = plan.parts_for(run, dims, plan.card_here() if cuda else None, stack)
     return run

@@ -99,7 +99,7 @@ def stages(out: Path, run: Optional[RunConfig]) -> List[Stage]:
         bounds = plan.bounds(dims, run.parallel.pipe, run.parallel.parts, run.data.seq_len)
     except UserError:
         return []
-    weights = plan.layer_weights(dims, run.data.seq_len, run.parallel.recompute == "blocks")
+    weights = plan.layer_weights(dims, run.data.seq_len, run.parallel.recompute == "blocks", run.run.fp8 and run.run.compile)
     family = families.FAMILIES[dims.family]
     return [
         Stage(a, b - 1, sum(family.layer_params(dims, n) for n in range(a, b)), sum(weights[a:b]) / sum(weights))
