@@ -14,7 +14,9 @@ COLUMNS = ("weights", "grads", "optimizer", "activations", "buffers", "total")
 def add(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="FILE", help="run.yaml")
-    what.add_argument("--model", metavar="NAME", help="a hub name, a model folder or a config.json")
+    what.add_argument(
+        "--model", metavar="NAME", help="a model folder, a config.json, a hub name, or llama-7b, bloom-7b and what else bench knows"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a key of run.yaml; may be repeated")
     parser.add_argument(
         "--gpu", metavar="NAME", help="v100-32g, t4, a100-80g, h100... (default: what is here, or %s)" % DEFAULT_GPU
@@ -86,12 +88,16 @@ def _from_config(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
 
 def _from_options(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
     """--model and its options -> (Dims, arguments of plan)."""
+    import os
+
+    from bench import shapes
     from pipeline_train import families
     from pipeline_train.errors import UserError
 
     if args.set:
         raise UserError("--set: overrides keys of run.yaml; with --model use the options")
-    dims = families.dims_of(config_json(args.model))
+    known = {} if os.path.exists(args.model) else shapes.SHAPES
+    dims = families.dims_of(known[args.model] if args.model in known else config_json(args.model))
     wish = {name: getattr(args, name) for name in ("gpus", "data", "micro", "micro_batches", "optim", "dtype", "recompute")}
     wish = {name: value for name, value in wish.items() if value is not None}
     wish["seq_len"] = min(2048, dims.max_positions or 2048) if args.seq_len is None else args.seq_len
@@ -107,31 +113,13 @@ def config_json(model: str) -> Dict[str, Any]:
     """The config.json of a folder, a run or checkpoint, a file, or of a hub name; of the hub only that file is fetched."""
     import os
 
-    from pipeline_train import families, manifest
+    from pipeline_train import families, hub, manifest
 
     if os.path.isdir(model):
         if manifest.is_layer_folder(model) or os.path.isdir(os.path.join(model, "checkpoints")):
             model = str(manifest.find_checkpoint(model))
         return families.read_config(model)
-    return families.read_config(model if os.path.exists(model) or model.endswith(".json") else _from_hub(model))
-
-
-def _from_hub(name: str) -> str:
-    from pipeline_train.errors import UserError
-
-    try:
-        from huggingface_hub import constants, hf_hub_download
-        from huggingface_hub.utils import HfHubHTTPError
-    except ImportError:
-        raise UserError("%s: no such folder or file, and huggingface_hub is not installed to ask the hub" % name) from None
-    try:
-        return str(hf_hub_download(name, "config.json", local_files_only=bool(constants.HF_HUB_OFFLINE)))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().split("\n")[0].split(". ")[0][:200]
-        raise UserError(
-            "%s: no such folder or file here, and the hub did not give a model of that name (%s). Name a local folder or its "
-            "config.json" % (name, reason or type(error).__name__)
-        ) from None
+    return families.read_config(model if os.path.exists(model) or model.endswith(".json") else hub.config_of(model))
 
 
 def text(document: Dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """One machine's own state: what is measured of it, and the checks that need nothing else. Checks take what was measured as data."""
 
 import os
-import re
 import resource
 import shutil
 from pathlib import Path
@@ -9,13 +8,13 @@ from typing import Dict, List, Optional, Tuple
 
 from .. import compat, host
 from ..errors import UserError
+from ..hub import HUB_NAME
 from .finding import FAILURE, NOTE, OK, WARNING, Facts, Finding, size
 
 SHM = Path("/dev/shm")
 INFINIBAND = Path("/sys/class/infiniband")
 IN_CONTAINER = (Path("/.dockerenv"), Path("/run/.containerenv"))
 LIMITS = {"memlock": resource.RLIMIT_MEMLOCK, "stack": resource.RLIMIT_STACK, "nofile": resource.RLIMIT_NOFILE}
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # as weights.hub knows them
 MIB, GIB = 1 << 20, 1 << 30
 SHM_LEAST = 512 * MIB  # NCCL's ring buffers between the GPUs of a machine; docker's default is 64 MiB
 MEMLOCK_LEAST = 64 * MIB  # an InfiniBand card pins its buffers; Ubuntu's default is 8 MiB and less
@@ -176,7 +175,7 @@ def check_files(facts: Facts) -> List[Finding]:
     """Are the model and the data that run.yaml names here? ``facts["files"]``: {key: path} of those that are not."""
     found = []
     for key, path in facts["files"].items():
-        if key == "model.path" and HUB_NAME.fullmatch(path):
+        if key == "model.path" and HUB_NAME.match(path):
             found.append(Finding("files", NOTE, "%s: %s is no folder here; train asks the hub for it on every node" % (key, path)))
             continue
         found.append(Finding("files", FAILURE, "%s: %s is not here" % (key, path),

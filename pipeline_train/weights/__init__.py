@@ -19,8 +19,8 @@ import torch
 from .. import families, manifest, manifest_where
 from ..errors import RunFailed, UserError
 from ..families import ParamSlot
+from ..hub import resolve
 from .files import Entry, SafetensorsFile, open_file, wrong_dtype
-from .hub import resolve
 from .shards import first_file, hf_keys
 
 __all__ = ["Entry", "Source", "find_folder", "open_source", "resolve", "same_bits"]

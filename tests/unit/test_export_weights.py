@@ -144,5 +144,5 @@ def test_hub_names_come_from_the_cache_or_say_why_not(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     found, absent = done.stdout.strip().split("\n")
     assert found == "%s 9 %s" % ("a" * 40, "a" * 40)
-    assert absent.startswith("someone/absent: no such folder here, and the hub did not give a model of that name (")
+    assert absent.startswith("someone/absent: no such folder or file here, and the hub did not give a model of that name (")
     assert absent.endswith("Name a local folder, or download it first where there is a network.")

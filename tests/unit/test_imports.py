@@ -14,7 +14,7 @@ PACKAGES = ("pipeline_train", "export", "serve", "bench", "verbs")
 ROWS = [
     {"leaving", "errors", "pulse", "watch", "hostfile", "place", "link", "joining", "control", "network", "trace"},
     {"families", "manifest", "manifest_values", "manifest_where", "arrival", "proof", "safetensors_header", "host", "native",
-     "content", "data.records", "data.shapes", "data.files", "data.json_text", "data.template"},
+     "content", "hub", "data.records", "data.shapes", "data.files", "data.json_text", "data.template"},
     {"config", "config_reading", "config_schema", "migrate", "deepspeed_keys", "run_folder", "checkpoint_folder", "checkpoint_job",
      "scattered", "gather", "loss_scale"},
     {"compat"},
@@ -48,7 +48,7 @@ LIBRARIES = {  # library -> where it may be imported
     "docker": ("serve/",),
 }
 NO_TORCH = tuple("pipeline_train/" + name for name in (
-    "families/", "config.py", "plan/", "data/", "manifest.py", "prepare.py", "launch.py", "migrate.py",
+    "families/", "config.py", "plan/", "data/", "manifest.py", "hub.py", "prepare.py", "launch.py", "migrate.py",
 )) + ("export/naming.py",)  # fmt: skip
 
 

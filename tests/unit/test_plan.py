@@ -322,7 +322,8 @@ def test_no_gpu_named_and_none_here_is_said(model, monkeypatch):
 
 
 def test_the_hub_is_asked_for_the_config_alone(monkeypatch, tmp_path):
-    hub = pytest.importorskip("huggingface_hub")
+    library = pytest.importorskip("huggingface_hub")
+    from pipeline_train import hub
     from verbs import plan as verb
 
     asked = []
@@ -334,7 +335,8 @@ def test_the_hub_is_asked_for_the_config_alone(monkeypatch, tmp_path):
             return str(tmp_path / "config.json")
         raise OSError("offline. more")
 
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(library, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "_away", lambda endpoint: None)
     assert verb.config_json("a/b")["hidden_size"] == 4096 and asked == [("a/b", "config.json")]
     with pytest.raises(UserError, match=r"c/d: no such folder or file here, and the hub did not give a model .* \(offline\)"):
         verb.config_json("c/d")
@@ -393,3 +395,17 @@ def test_with_fp8_a_stage_with_a_large_head_gets_fewer_blocks():
     assert [cut[name]["parts"] for name in ("bf16", "fp8", "slow")] == [[18, 14], [19, 13], [18, 14]]
     other = plan(model, compile=True, fp8=True, parts=[18, 14], **wish)
     assert 1.02 < cut["fp8"]["tokens_per_s"] / other["tokens_per_s"] < 1.06
+
+
+def test_names_that_bench_knows_are_planned_too(tmp_path):
+    def of(name):
+        done = subprocess.run([sys.executable, str(ROOT / "pipedock.py"), "plan", "--model", name, "--gpu", "h200", "--json"],
+                              capture_output=True, text=True, cwd=str(tmp_path), timeout=60)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert of("bloom-7b")["params"] == 7_069_016_064
+    folder = tmp_path / "llama-7b"  # one's own of that name comes first
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(dict(LLAMA_7B, num_hidden_layers=2)))
+    assert of("llama-7b")["layers"] == 4
