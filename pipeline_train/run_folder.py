@@ -235,13 +235,13 @@ def _changed(name: str, step: int, before: Any, now: Any) -> str:
 
 
 def say_changes(run: RunConfig, out: Path, say: Say) -> None:
-    """What may change at a resume, but not unnoticed: optim, train and model.dtype against the last start's."""
+    """What may change at a resume, but not unnoticed: optim, train, model.dtype, run.compile and run.fp8 against the last start's."""
     try:
         last = yaml.safe_load((out / "resolved" / "run.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return  # cut off, or another program's: the run does not depend on it
     now = msgspec.to_builtins(run)
-    for section, names in (("optim", now["optim"]), ("train", now["train"]), ("model", ("dtype",))):
+    for section, names in (("optim", now["optim"]), ("train", now["train"]), ("model", ("dtype",)), ("run", ("compile", "fp8"))):
         old = last.get(section) if isinstance(last, dict) else None
         for name in names:
             if isinstance(old, dict) and name in old and old[name] != now[section][name]:

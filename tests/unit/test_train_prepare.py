@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -544,12 +545,16 @@ def test_what_may_change_at_a_resume_is_said(start, monkeypatch):
     monkeypatch.setattr(compat, "has_bf16", lambda version: True)  # whatever stack this is
     start()
     used(start)
+    resolved = start.out / "resolved" / "run.yaml"
+    was = yaml.safe_load(resolved.read_text())
+    resolved.write_text(yaml.safe_dump(dict(was, run=dict(was["run"], fp8=True))))  # a CPU without a compiler has neither
     done = start("newest", parallel={"pipe": 1, "data": 2}, optim={"lr": 1.0}, train={"epochs": 3}, model={"dtype": "bf16"})
     assert done.done == 4
     said = [line for line in start.said if line.startswith("--resume: ")]
     assert [line.split(" was ")[0] for line in said] == [
-        "--resume: optim.lr", "--resume: train.epochs", "--resume: model.dtype",
+        "--resume: optim.lr", "--resume: train.epochs", "--resume: model.dtype", "--resume: run.fp8",
     ]  # fmt: skip
+    assert said[3].endswith("was True, is False from here on")
     assert said[0].endswith("is 1.0 from here on")
 
 
