@@ -8,6 +8,7 @@ from .progress import say
 
 HELP = "prove a live server: token ids as trained, log-probabilities as transformers', stops where it should"
 
+FIXED = "fixed records"  # of serve.prove: without a run
 SHOWN = 5  # failures of one check
 FIGURES = {
     "trained ids": "%(compared)d %(of)s of %(records)d records, as in %(from)s",
@@ -61,8 +62,9 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def text(document: Dict[str, Any]) -> str:
-    head = "%(url)s (%(server)s) serves %(model)s as trained" if document["holds"] else "%(url)s (%(server)s): NOT as trained"
-    lines = [head % document]
+    like = "as it is" if document["records_of"] == FIXED else "as trained"
+    says = "serves" if document["holds"] else "does NOT serve"
+    lines = ["%s (%s) %s %s %s" % (document["url"], document["server"], says, document["model"], like)]
     for check in document["checks"]:
         said = {True: "ok", False: "WRONG", None: "not shown"}[check["holds"]]
         lines.append("  %-26s %-9s %s" % (check["name"], said, _figures(check)))

@@ -271,7 +271,7 @@ def test_the_verb_fails_with_what_differs(own, tmp_path, capfd):
         assert main(command + ["--json"]) == 1
         document = json.loads(capfd.readouterr().out)
     assert "pipedock prove: %s: token ids: fixed record 1 (details.prefill): token 0: expected 2" % fake.url in shown.err
-    assert "NOT as trained" in shown.out and "WRONG" in shown.out and "ok" in shown.out
+    assert ") does NOT serve %s as it is\n" % own.model in shown.out and "WRONG" in shown.out and "ok" in shown.out
     assert document["error"].endswith(" (12 more there)")
     assert by_name(document)["token ids"]["failures"] and "greedy answers" not in by_name(document)
 
