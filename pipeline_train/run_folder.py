@@ -235,7 +235,7 @@ def _changed(name: str, step: int, before: Any, now: Any) -> str:
 
 
 def say_changes(run: RunConfig, out: Path, say: Say) -> None:
-    """What may change at a resume, but not unnoticed: optim, train, model.dtype, run.compile and run.fp8 against the last start's."""
+    """What may change at a resume, but not unnoticed: optim, train, model.dtype, run.compile, run.fp8."""
     try:
         last = yaml.safe_load((out / "resolved" / "run.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

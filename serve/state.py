@@ -6,7 +6,7 @@ import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 from pipeline_train.errors import RunFailed
 
@@ -90,6 +90,12 @@ def read(port: int) -> Optional[Running]:
         forget(port)
         return None
     return found
+
+
+def ports() -> List[int]:
+    """Where servers that we started run."""
+    named = sorted(int(path.stem) for path in folder().glob("*.json") if path.stem.isdigit())
+    return [port for port in named if read(port) is not None]
 
 
 def forget(port: int) -> None:

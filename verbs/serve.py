@@ -166,11 +166,14 @@ def _document(known: Any) -> Dict[str, Any]:
 
 
 def _nothing(document: Dict[str, Any]) -> Dict[str, Any]:
-    """There is no server; a note when that is not quite sure."""
+    """There is no server; a note when that is not quite sure, or one runs on another port."""
+    from serve import state
     from serve.launch import not_asked
 
-    why = not_asked()
-    return dict(document, note="containers were not looked for: " + why) if why else document
+    why, others = not_asked(), ", ".join(map(str, state.ports()))
+    notes = ["containers were not looked for: " + why] if why else []
+    notes += ["of ours there is one on port %s, for --port" % others] if others else []
+    return dict(document, note="; ".join(notes)) if notes else document
 
 
 def _status(port: int) -> Dict[str, Any]:

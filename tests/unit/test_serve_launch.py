@@ -275,6 +275,10 @@ def test_stop_and_status_of_nothing(capfd):
     assert cli(capfd, "--status", "--port", port) == (0, "no server of ours on port %s\n" % port, "")
     code, out, _ = cli(capfd, "--status", "--json", "--port", port)
     assert code == 0 and json.loads(out) == {"running": False, "port": int(port)}
+    state.write(running(9998, os.getpid()))
+    state.write(state.Running(os.getpid(), "1", 9997, "u", "m", "embedded", "log"))  # has ended
+    text = "no server of ours on port %s (of ours there is one on port 9998, for --port)\n" % port
+    assert cli(capfd, "--status", "--port", port) == (0, text, "")
 
 
 @pytest.mark.parametrize(
