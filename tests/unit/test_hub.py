@@ -39,7 +39,8 @@ def test_without_a_network_only_the_cache_is_asked(nowhere, ask):
         ask("someone/model")
     assert str(caught.value) == (
         "someone/model: no such folder or file here, and the hub did not give a model of that name (no network: the name "
-        "hub.example is not known here (Name or service not known)). Name a local folder, or download it first where there is a network."
+        "hub.example is not known here (Name or service not known)). "
+        "Name a local folder, or download it first where there is a network."
     )
     assert nowhere == [("hub.example", 8443), ("someone/model", True)]
 
