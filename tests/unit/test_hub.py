@@ -8,6 +8,8 @@ from pipeline_train import hub
 from pipeline_train.errors import UserError
 
 library = pytest.importorskip("huggingface_hub")
+constants = pytest.importorskip("huggingface_hub.constants")
+errors = pytest.importorskip("huggingface_hub.errors")
 
 
 @pytest.fixture
@@ -21,13 +23,13 @@ def nowhere(monkeypatch):
 
     def download(name, *files, local_files_only, **options):
         asked.append((name, local_files_only))
-        raise library.errors.LocalEntryNotFoundError("outgoing traffic has been disabled. To enable it, more words")
+        raise errors.LocalEntryNotFoundError("outgoing traffic has been disabled. To enable it, more words")
 
     for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
-    monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(library.constants, "ENDPOINT", "https://hub.example:8443")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example:8443")
     monkeypatch.setattr(library, "snapshot_download", download)
     monkeypatch.setattr(library, "hf_hub_download", download)
     return asked
@@ -50,7 +52,7 @@ def test_a_proxy_or_the_offline_switch_settles_it_without_looking_up(nowhere, mo
     with pytest.raises(UserError, match=r"\(outgoing traffic has been disabled\)"):
         hub.config_of("someone/model")
     monkeypatch.delenv("HTTPS_PROXY")
-    monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"\(outgoing traffic has been disabled\)"):
         hub.config_of("someone/model")
     assert nowhere == [("someone/model", False), ("someone/model", True)]
