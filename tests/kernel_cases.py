@@ -7,6 +7,7 @@ import torch
 
 from serve.embedded import attention, kernel, recorded
 
+CHUNK, BLOCK = kernel.CHUNK, kernel.BLOCK  # as it is served
 kernel.CHUNK, kernel.BLOCK, recorded.LEAST = 64, 16, 4  # the interpreter is slow
 W = 3 * kernel.CHUNK + 16
 PLACES = [0, 5, kernel.BLOCK - 1, kernel.BLOCK, kernel.CHUNK - 1, kernel.CHUNK, 2 * kernel.CHUNK + 25, W - 1]
@@ -25,6 +26,7 @@ def against_torch(dtype, heads, groups, size, values, window, alibi):
     out = kernel.decode(q, k, v, columns, 0.3, window, slopes)
     assert out.shape == (rows + 2, 1, heads, values) and out.dtype == dtype and (out[rows:] == 0).all()
     worst = 0.0
+    assert out.isfinite().all()  # NaN is lost in a maximum
     for row, place in enumerate(PLACES):
         first = max(0, place + 1 - window) if window else 0
         keys, theirs = (x[row : row + 1, :, first : place + 1].double().repeat_interleave(heads // groups, 1) for x in (k, v))
@@ -35,6 +37,15 @@ def against_torch(dtype, heads, groups, size, values, window, alibi):
         wanted = (scores.softmax(-1) @ theirs[0])[:, 0]
         worst = max(worst, float((out[row, 0].double() - wanted).abs().max()) / torch.finfo(dtype).eps)
     return worst
+
+
+def broken(columns):
+    """-> whether a row whose own keys have no number gets none, in one chunk and in several, and the row beside it does."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 2, 1, 16), torch.randn(2, 1, columns, 16), torch.randn(2, 1, columns, 16)
+    k[0, :, 3] = float("nan")
+    out = kernel.decode(q, k, v, torch.full((2,), columns - 1), 0.25)
+    return bool(out[0].isnan().all() and out[1].isfinite().all())
 
 
 def company(window, alibi):
@@ -79,7 +90,7 @@ def machine_code(capability, dtype, size, groups, one, alibi, window):
     fixed = {
         "GROUPS": groups, "G": kernel._power(groups), "SIZE": size, "E": kernel._power(size), "VALUES": size,
         "F": kernel._power(size), "ONE": one,
-        "CHUNK": 512, "BLOCK": 64, "WINDOW": window, "ALIBI": alibi, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        "CHUNK": CHUNK, "BLOCK": BLOCK, "WINDOW": window, "ALIBI": alibi, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     }  # fmt: skip
     parts = dtype if one else "fp32"
     kinds = dict.fromkeys(["q", "k", "v", "out"], "*" + dtype) | dict.fromkeys(["sums", "tops", "totals"], "*" + parts)

@@ -7,27 +7,26 @@ down but never stops them. Prompts are read in pieces of a fixed size, several i
 """
 
 import asyncio
-import queue
+import logging
 import time
 from collections import deque
-from typing import Deque, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Deque, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
 
 from .engine import Engine
 from .errors import ApiError, failed
+from .inbox import STOPPING, Event, Inbox, hand_over
 from .metrics import Metrics
 from .row import BROKEN, Job, Row, choose, words
 from .sampling import Choice
-from .shapes import TokenEvent
 from .text import Text
 from .worker import Worker
 
+LOG = logging.getLogger("pipedock.serve")
 PIECE = 256  # prompt tokens per forward pass
 TURN = 256  # prompt tokens between two decode steps; the last piece may go beyond
-
-Event = Union[TokenEvent, ApiError]
 
 
 class Scheduler:
@@ -35,11 +34,10 @@ class Scheduler:
     longest one's tokens stay within ``max_tokens``."""
 
     def __init__(self, engine: Engine, worker: Worker, text: Text, metrics: Metrics, max_rows: int, max_tokens: int) -> None:
-        self._worker = worker
-        self._engine, self._text, self._metrics = engine, text, metrics
+        self._worker, self._engine, self._text, self._metrics = worker, engine, text, metrics
         engine.before_recording = self._deliver
         self._max_rows, self._max_tokens = max_rows, max_tokens
-        self._inbox: queue.SimpleQueue[Optional[Job]] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._waiting: Deque[Job] = deque()
         self._rows: List[Row] = []  # row i of the cache; a joining one comes last
         self._joining: Optional[Row] = None
@@ -52,7 +50,7 @@ class Scheduler:
         self._worker.end_with(self._run)
 
     def stop(self) -> None:
-        self._inbox.put(None)
+        self._inbox.stop()
         self._worker.join(timeout=30)
 
     @property
@@ -65,23 +63,30 @@ class Scheduler:
     def _run(self) -> None:
         try:
             with torch.inference_mode():
-                while self._take():
-                    self._drop_cancelled()
-                    try:
-                        self._join()
-                        self._decode()
-                    except Exception as error:  # noqa: BLE001 - the thread that everybody needs: a model, Triton's compiler
-                        self._fail(words(error))
-                    if not self._behind:
-                        self._deliver()
+                while self._turn():
+                    pass
         finally:
-            self._fail("the server is stopping", list(self._waiting))
+            self._fail(STOPPING, list(self._waiting) + self._inbox.close())
+
+    def _turn(self) -> bool:
+        """False: stop. Whatever is raised here is one failed pass: everybody needs this thread."""
+        try:
+            if not self._take():
+                return False
+            self._drop_cancelled()
+            self._join()
+            self._decode()
+        except Exception as error:  # noqa: BLE001 - a model, Triton's compiler
+            self._fail(words(error))
+        if not self._behind:
+            self._deliver()
+        return True
 
     def _take(self) -> bool:
         """New requests from the inbox; waits for one when there is nothing to do. False: stop."""
         idle = not self._rows and not self._waiting
         if idle:
-            self._engine.rest(self._max_tokens)
+            self._safely(lambda: self._engine.rest(self._max_tokens))
             self._gauges()
         while idle or not self._inbox.empty():
             job = self._inbox.get()
@@ -109,7 +114,7 @@ class Scheduler:
         while left > 0 and (self._joining or self._admit()):
             read = self._next_pieces(left)
             left -= sum(len(piece) for _, piece in read)
-            started = self._begin("prefill", len(read))
+            started = self._metrics.begin("prefill", len(read))
             self._deliver()  # this may take longer than the pass before it
             logits = self._prefill(read)
             self._end("prefill", started)
@@ -171,7 +176,7 @@ class Scheduler:
         rows = [row for row in self._rows if row is not self._joining]
         if not rows:
             return
-        started = self._begin("decode", len(rows))
+        started = self._metrics.begin("decode", len(rows))
         logits = self._engine.decode([row.tokens[-1].id for row in rows], [row.length for row in rows])
         if self._behind:
             self._deliver()
@@ -219,7 +224,19 @@ class Scheduler:
         self._out += [(job, failed(text)) for job in [row.job for row in self._rows] + list(others)]
         self._rows, self._joining = [], None
         self._deliver()
-        self._engine.clear()
+        self._safely(self._engine.clear)
+
+    def _safely(self, work: Callable[[], None]) -> None:
+        """Give memory back: where that fails, the next pass will, too."""
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001
+            self.suspect = True
+            LOG.warning("memory could not be given back: %s", words(error))
+
+    def _end(self, method: str, started: float, forward: Optional[float] = None) -> None:
+        self.suspect = False
+        self._metrics.end(method, started, forward)
 
     @property
     def _behind(self) -> bool:
@@ -230,21 +247,4 @@ class Scheduler:
         """Hand the turn's events to the event loop, all in one call."""
         batch, self._out = self._out, []
         if batch and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_put_all, batch)
-
-    def _begin(self, method: str, rows: int) -> float:
-        self._metrics.count("tgi_batch_inference_count", method)
-        self._metrics.observe("tgi_batch_next_size", rows)
-        return time.perf_counter()
-
-    def _end(self, method: str, started: float, forward: Optional[float] = None) -> None:
-        self.suspect = False
-        now = time.perf_counter()
-        self._metrics.count("tgi_batch_inference_success", method)
-        self._metrics.observe("tgi_batch_forward_duration", (forward or now) - started, method)
-        self._metrics.observe("tgi_batch_inference_duration", now - started, method)
-
-
-def _put_all(batch: List[Tuple[Job, Event]]) -> None:
-    for job, event in batch:
-        job.events.put_nowait(event)
+            self._loop.call_soon_threadsafe(hand_over, batch)

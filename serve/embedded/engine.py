@@ -6,21 +6,20 @@ Before it serves, every model shows that this gives the logits of a plain forwar
 import inspect
 import logging
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
 
-from pipeline_train.errors import RunFailed
+from pipeline_train.errors import RunFailed, UserError
 
-from . import alibi, attention, fused, packed
+from . import alibi, attention, fused, packed, trial
 from .cache import COLUMNS, FixedStep, SlotCache, Step
 from .loading import load, positions
-from .memory import free_memory
-from .recorded import LEAST, PIECES, Recorded, Run, graphs
+from .recorded import PIECES, Recorded, Run, graphs
 
 LOG = logging.getLogger("pipedock.serve")
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
+SAME, DIFFERS = "", "its last bits depend on other requests"  # what a row gets in company
 
 
 class Engine:
@@ -105,6 +104,11 @@ class Engine:
             self._recorded.forget()
         self._cache.clear()
 
+    def rewind(self) -> None:
+        """After a trial: as ``clear``, and what a token took is known from here on."""
+        self.kv_bytes = self._cache.bytes_per_token
+        self.clear()
+
     def rest(self, tokens: int) -> None:
         """Nobody runs: as ``clear``, but up to so many tokens' memory stays where passes are recorded over it."""
         rows, columns = self._cache.size
@@ -134,10 +138,10 @@ class Engine:
 
     def _settle(self) -> None:
         """Switch to our attention, on a CPU to packed weights, on a GPU to recorded passes; keep what computes the same."""
-        self._wanted = [
-            self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, -3:].float()
-            for ids in _samples(self.vocab)
-        ]
+        self._wanted = trial.plain(self.model, self.vocab, self.device)
+        if any(bool(values.isnan().any()) for values in self._wanted):
+            text = "models of type %s: in %s this one's logits are not numbers; try another --dtype, float32 at last"
+            raise UserError(text % (self.model.config.model_type, str(self.dtype).split(".")[-1]))
         if self.device.type == "cpu":
             self._packed = packed.available() and packed.pack(self.model)
             if not self._packed:
@@ -155,7 +159,7 @@ class Engine:
             self._own_attention = True
             for together in (True, False) if self._packed else (False,):
                 self.together = together
-                if self._same() is None:
+                if trial.same(self, self._wanted) is None:
                     return
             self._own_attention = self._alibi = False
             undo()
@@ -163,7 +167,7 @@ class Engine:
         if window and getattr(self.model.config, "use_sliding_window", True):
             # Rows of different lengths would need windows of their own: stay inside the window, where it hides nothing.
             self.max_positions = min(self.max_positions, int(window) // COLUMNS * COLUMNS)
-        problem = self._same()
+        problem = trial.same(self, self._wanted)
         if problem is not None:
             raise RunFailed("%s: models of type %s cannot be served in batches here" % (problem, self.model.config.model_type))
 
@@ -183,68 +187,31 @@ class Engine:
         row the same bits in any company."""
         self.together = False  # such a pass has one row's piece
         kernels: Tuple[Optional[str], ...] = attention.KERNELS if self._own_attention else (None,)
+        works, problem = None, ""
         for kernel in kernels:
             self._recorded = Recorded(self._cache, self.device, self._fixed, kernel, recorder)
             self._recorded.before_recording = lambda: self.before_recording()
-            problem = self._same()
-            if problem is None and self._alone(self._recorded):
+            found = self._tried(self._recorded)
+            if found == SAME:
                 return
+            works, problem = (self._recorded, problem) if found == DIFFERS else (works, found)
             if kernel is not None:
-                LOG.info("attention is not computed by %s: %s", kernel, problem or "its last bits depend on other requests")
-        if problem is None:
+                LOG.info("attention is not computed by %s: %s", kernel, found)
+        self._recorded = works
+        if works is not None:
             LOG.warning("the last bits depend on how many requests there are here: that may decide between almost equal tokens")
-            return
-        self._recorded = None
-        LOG.warning("%s is served without CUDA graphs, slower: %s", self.model.config.model_type, problem)
+        else:
+            LOG.warning("%s is served without CUDA graphs, slower: %s", self.model.config.model_type, problem)
 
-    def _alone(self, recorded: Recorded) -> bool:
-        """Whether a row gets the same bits alone as elsewhere among others, whose rows are longer."""
-        length = min(150, self.max_positions - 2)
-        ids = _samples(self.vocab, [length])[0]
-        most = (free_memory(self.device) // 2) // max(1, self.kv_bytes)
-        found = []
-        try:
-            for rows, longest in ((1, length), (2, 1000), (8, 300), (LEAST, 100)):
-                longest = max(length, min(longest, self.max_positions - 2))
-                if rows > 1 and rows * 2 * longest > most:
-                    continue
-                recorded.room(rows, longest + 2)
-                behind = self.prefill(rows - 1, ids, 0)[-1].clone()
-                found.append((behind, self.decode([7] * rows, [longest] * (rows - 1) + [length])[-1].clone()))
-        except Exception as error:  # noqa: BLE001 - out of memory, say, or Triton's compiler
-            LOG.warning("what a row gets in company could not be tried: %s", str(error).split("\n")[0])
-            if not isinstance(error, torch.cuda.OutOfMemoryError):
-                return False  # a kernel that fails in larger passes is none
-        finally:
-            self.clear()
-        return all(torch.equal(mine, other) for pair in found for mine, other in zip(found[0], pair))
+    def _tried(self, recorded: Recorded) -> str:
+        """SAME, DIFFERS, or why such passes cannot be used: a kernel that fails in larger ones is none."""
+        problem = trial.same(self, self._wanted)
+        if problem is None:
+            try:
+                return SAME if trial.alone(self, recorded) else DIFFERS
+            except Exception as error:  # noqa: BLE001 - Triton's compiler, say
+                problem = trial.words(error)
+        return problem
 
     def _kept(self, hidden: Tensor) -> Tensor:
         return hidden[:, -self._keep :] if isinstance(self._keep, int) else hidden.index_select(1, self._keep)
-
-    def _same(self) -> Optional[str]:
-        """None when prefill and two decode steps of all samples together give what a plain pass gave, else what went wrong."""
-        worst, samples = 0.0, _samples(self.vocab)
-        try:
-            if self.together:
-                got = [[values.clone()] for values in self.prefill_together(0, [ids[:-2] for ids in samples], [0] * len(samples))]
-            else:
-                got = [[self.prefill(row, ids[:-2], 0)[0].clone()] for row, ids in enumerate(samples)]
-            for back in (2, 1):
-                logits = self.decode([ids[-back] for ids in samples], [len(ids) - back for ids in samples])
-                for row, values in enumerate(logits):
-                    got[row].append(values.clone())  # a recorded pass writes its result into the same place again
-        except Exception as error:  # noqa: BLE001 - a model of any kind, or Triton's compiler: what they raise is theirs
-            return str(error) or type(error).__name__
-        finally:
-            self.kv_bytes = self._cache.bytes_per_token
-            self.clear()
-        for mine, theirs in zip(got, self._wanted):
-            worst = max(worst, float((torch.stack(mine) - theirs).abs().max() / theirs.abs().max()))
-        limit = TOLERANCE[self.dtype]
-        return None if worst <= limit else "batched logits are %.1e away from a plain forward pass (allowed %.0e)" % (worst, limit)
-
-
-def _samples(vocab: int, lengths: Sequence[int] = (9, 4)) -> List[List[int]]:
-    """Fixed prompts."""
-    return [[(7 * place * place + 3 * place + 5) % vocab for place in range(length)] for length in lengths]

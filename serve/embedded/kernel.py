@@ -51,7 +51,8 @@ def _chunk(
     acc = tl.zeros([G, F], tl.float32)
     used = (g < GROUPS)[:, None]
     query = tl.load(q + row * q0 + head * q1 + g[:, None] * q2 + e[None, :], mask=used & (e < SIZE)[None, :], other=0.0)
-    keys, values = k + row.to(tl.int64) * k0 + head * k1, v + row.to(tl.int64) * v0 + head * v1
+    far, its = row.to(tl.int64), head.to(tl.int64)  # a table may have more than 2^31 numbers
+    keys, values = k + far * k0 + its * k1, v + far * v0 + its * v1
     for at in range(first, end, BLOCK):
         column = at + tl.arange(0, BLOCK)
         seen = (column < length) & (column >= low)
@@ -70,7 +71,7 @@ def _chunk(
         top = higher
     place = (row * tl.num_programs(1) + head) * GROUPS + g
     if ONE:
-        result = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)
+        result = tl.where(length > 0, acc / total[:, None], 0.0)
         tl.store(out + place[:, None] * VALUES + f[None, :], result.to(out.dtype.element_ty), mask=used & (f < VALUES)[None, :])
     elif first < end:
         place = place * chunks + chunk
@@ -98,7 +99,7 @@ def _together(
         total = total * less + tl.load(totals + one) * its
         acc = acc * less + tl.load(sums + one * VALUES + f, mask=f < VALUES, other=0.0) * its
         top = higher
-    result = tl.where(total > 0, acc / total, 0.0)
+    result = tl.where(length > 0, acc / total, 0.0)
     tl.store(out + place * VALUES + f, result.to(out.dtype.element_ty), mask=f < VALUES)
 
 

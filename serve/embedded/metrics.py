@@ -1,7 +1,8 @@
 """Prometheus metrics under the original's names. A series appears with its first use, as there."""
 
 import threading
-from typing import Any, Dict, List
+import time
+from typing import Any, Dict, List, Optional
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
@@ -64,6 +65,19 @@ class Metrics:
     def observe(self, name: str, value: float, label: str = "") -> None:
         metric = self._get(Histogram, name)
         (metric.labels(label) if label else metric).observe(value)
+
+    def begin(self, method: str, rows: int) -> float:
+        """A forward pass for so many requests -> when that was."""
+        self.count("tgi_batch_inference_count", method)
+        self.observe("tgi_batch_next_size", rows)
+        return time.perf_counter()
+
+    def end(self, method: str, started: float, forward: Optional[float] = None) -> None:
+        """``forward``: when the model had computed."""
+        now = time.perf_counter()
+        self.count("tgi_batch_inference_success", method)
+        self.observe("tgi_batch_forward_duration", (forward or now) - started, method)
+        self.observe("tgi_batch_inference_duration", now - started, method)
 
     def text(self) -> bytes:
         """The text exposition. The library puts ``_total`` behind counters' names, the original does not."""

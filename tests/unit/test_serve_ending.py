@@ -169,3 +169,51 @@ def test_the_cache_is_given_back_when_nobody_runs(parts, scheduler):
 
     play(scheduler, work())
     assert engine._cache.size == (0, 0)
+
+
+@pytest.mark.parametrize("broken", ["move", "clear", "rest"])
+def test_what_fails_beside_a_pass_does_not_end_the_thread_either(parts, scheduler, broken, monkeypatch):
+    """A row that is left, memory that cannot be given back: the others hear the true reason, and later ones are served."""
+    engine, _ = parts
+    calls = []
+
+    def breaks(*given):
+        calls.append(given)
+        raise RuntimeError("an illegal memory access\nmore lines")
+
+    if broken == "clear":
+        monkeypatch.setattr(engine, "decode", lambda *given: breaks())
+    monkeypatch.setattr(engine, broken, breaks)
+
+    async def work():
+        first, second = job([5], 400, stream=True), job([6], 400, stream=True)
+        for one in (first, second):
+            scheduler.submit(one)
+            await one.events.get()
+        first.cancelled = True
+        said = None if broken == "rest" else (await ended(second))[-1]
+        second.cancelled = True
+        monkeypatch.undo()
+        later = job([7], 5)
+        scheduler.submit(later)
+        await ended(later)
+        return said, len(later.tokens), scheduler.alive
+
+    said, count, alive = play(scheduler, work())
+    assert calls and alive and count == 5
+    assert said is None or said.text.endswith("Server error: RuntimeError: an illegal memory access")
+
+
+def test_a_request_that_comes_after_the_end_is_answered(scheduler):
+    """Between the thread's last look into its inbox and its end."""
+
+    async def work():
+        before, after = job([5], 5), job([6], 5)
+        scheduler._inbox.stop()
+        scheduler.submit(before)  # behind the end
+        error = (await asyncio.wait_for(ended(before), 20))[-1]
+        scheduler.submit(after)
+        return error, (await asyncio.wait_for(ended(after), 20))[-1]
+
+    for error in play(scheduler, work()):
+        assert error.text.endswith("Server error: the server is stopping")

@@ -288,3 +288,11 @@ def test_a_model_that_cannot_be_batched_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "_forward", shifted)
     with pytest.raises(RunFailed, match="away from a plain forward pass .* models of type llama cannot be served"):
         Engine(str(tmp_path))
+
+
+def test_a_model_whose_own_logits_are_no_numbers_is_refused(tmp_path):
+    model = make_hf(tmp_path, tiny_config("llama"))
+    model.lm_head.weight.data[3] = float("nan")
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(UserError, match="^models of type llama: in float32 this one's logits are not numbers; try another --dtype"):
+        Engine(str(tmp_path))

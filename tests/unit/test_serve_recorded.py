@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
 import torch  # noqa: E402
 
-from serve.embedded import attention  # noqa: E402
+from serve.embedded import attention, trial  # noqa: E402
 from serve.embedded.engine import Engine  # noqa: E402
 from serve.embedded.recorded import Recorded  # noqa: E402
 from serve.embedded.sampling import likeliest  # noqa: E402
@@ -207,12 +207,53 @@ def test_a_kernel_that_fails_in_a_larger_pass_is_not_taken(tmp_path, monkeypatch
     assert greedy.of_engine(engine, [5, 6, 7], 4)[0] == greedy.of_model(model, [5, 6, 7], 4)
 
 
+def test_where_every_kernel_fails_in_larger_passes_none_is_recorded(tmp_path, monkeypatch, caplog):
+    plain = attention.sdpa
+
+    def sdpa(q, k, v, attn_mask=None, **how):
+        if attn_mask is not None and k.shape[2] > 512:
+            raise RuntimeError("no kernel for that width")
+        return plain(q, k, v, attn_mask=attn_mask, **how)
+
+    monkeypatch.setattr(attention, "sdpa", sdpa)
+    model = make_hf(tmp_path, LONG)
+    engine = Engine(str(tmp_path))
+    engine.record(lambda: lambda run: run)
+    assert not engine.graphs and "depend on how many" not in caplog.text
+    assert "llama is served without CUDA graphs, slower: no kernel for that width" in caplog.text
+    assert greedy.of_engine(engine, [5] * 600, 3)[0] == greedy.of_model(model, [5] * 600, 3)
+
+
+def test_a_kernel_that_makes_no_number_is_not_taken(tmp_path, monkeypatch, caplog):
+    """NaN is no number, so it is not far from any."""
+    caplog.set_level("INFO")
+    plain = attention.sdpa
+
+    def sdpa(q, k, v, attn_mask=None, **how):
+        return plain(q, k, v, attn_mask=attn_mask, **how) if torch.backends.cuda.flash_sdp_enabled() else q * float("nan")
+
+    monkeypatch.setattr(attention, "sdpa", sdpa)
+    engine, model = made(tmp_path, LONG)
+    assert "by torch's memory-efficient kernel: batched logits are nan away from a plain forward pass" in caplog.text
+    assert engine._recorded._kernel == attention.ANY
+    assert greedy.of_engine(engine, [5, 6, 7], 4)[0] == greedy.of_model(model, [5, 6, 7], 4)
+
+
+@pytest.mark.parametrize("mine, theirs, wanted", [
+    ([1.0, 2.0], [1.0, 2.5], 0.2), ([1.0, float("-inf")], [1.5, float("-inf")], 1 / 3), ([float("nan"), 1.0], [1.0, 1.0], None),
+    ([1.0, float("inf")], [1.0, 2.0], float("inf")),
+])  # fmt: skip
+def test_how_far_logits_are_away(mine, theirs, wanted):
+    found = trial.distance(torch.tensor(mine), torch.tensor(theirs))
+    assert found == pytest.approx(wanted) if wanted is not None else found != found
+
+
 def test_a_company_that_would_not_fit_is_not_tried(tmp_path, monkeypatch):
     rows = set()
     monkeypatch.setattr(Recorded, "room", lambda self, *size: rows.add(size[0]) or ROOM(self, *size))
     make_hf(tmp_path, LLAMA)
     engine = Engine(str(tmp_path))
-    monkeypatch.setattr("serve.embedded.engine.free_memory", lambda device: 2 * 64 * 250 * engine.kv_bytes)
+    monkeypatch.setattr("serve.embedded.trial.free_memory", lambda device: 2 * 64 * 250 * engine.kv_bytes)
     engine.record(lambda: lambda run: run)
     assert rows == {1, 2, 8}
 
