@@ -125,6 +125,7 @@ class Fsdp2(Peer):
         blocks = decoder.h if hasattr(decoder, "h") else decoder.layers
         for number, block in enumerate(blocks):
             if self.compiled:  # inside what is sharded: gathering and scattering stay outside the graph
+                torch._dynamo.config.cache_size_limit = 64  # graphs: one for each shape that a process measures
                 blocks[number] = block = torch.compile(block, dynamic=False)
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)

@@ -6,11 +6,12 @@
     ... --only llama:zero3 --cases '{"zero3": [{"seq": 2048, "micro": 4, "recompute": "none"}]}'
 
 llama and bloom: 7B geometry, random weights, bf16, a step of 128 rows of 1024 and of 2048 tokens. The pipeline is P = all GPUs with
-D = 1, and P = half of them with D = 2. Each is tuned first on a quarter of the rows: the peers over micro-batches of 1, 2, 4 and 8,
-with and without recomputation, FSDP2 also with weights kept whole during a step, and with every block through torch.compile; the
-pipeline over what its plan lets in, with run.compile and without, and with run.fp8. The best is then measured on the whole step.
---cases names the cases of an engine instead (what an earlier call found to be best); rows, where a case names none, are those of a
-whole step. All of it runs in multi_gpu_rank.py, which says what the peers are; road is multi_gpu_road.py.
+D = 1 (pipeline, and pipeline-fp8 with run.fp8), and P = half of them with D = 2 (pipeline2). Each is tuned first on a quarter of
+the rows (multi_gpu_cases.py): the peers over micro-batches, with and without recomputation, FSDP2 also with weights kept whole
+during a step, and with every block through torch.compile (fsdp2-compiled); the pipeline over what its plan lets in. The best is
+then measured on the whole step. --cases names the cases of an engine instead (what an earlier call found to be best); rows, where
+a case names none, are those of a whole step. All of it runs in multi_gpu_rank.py, which says what the peers are; road is
+multi_gpu_road.py.
 """
 
 import argparse
@@ -26,10 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import shapes  # noqa: E402
+from benchmarks import multi_gpu_cases, multi_gpu_road  # noqa: E402
 
 SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "n_layer": 4,
          "num_attention_heads": 4, "n_head": 4}  # fmt: skip
-ENGINES = ("pipeline", "pipeline-fp8", "fsdp2-compiled", "fsdp2", "zero3", "pipeline2")  # pipeline2: with D = 2
 SILENT_S = 150.0  # between two rows
 
 
@@ -141,47 +142,24 @@ def hopeless(found, case):
         )
     for row in found:
         alike = all(row.get(key) == case.get(key) for key in ("seq", "data", "keep"))
-        if "error" in row and alike and row["micro"] <= case["micro"] and row["recompute"] in (case["recompute"], "blocks"):
+        if (
+            "error" in row
+            and "micro" in row
+            and alike
+            and row["micro"] <= case["micro"]
+            and row["recompute"] in (case["recompute"], "blocks")
+        ):
             return True
     return False
 
 
 def compare(bench, family, batch, seqs, wanted, given):
     """The ``wanted`` engines in turn: tuned on a quarter of the rows, then the best on all of them; or the ``given`` cases."""
-    short, long = seqs
     for engine in wanted:
-        ours = engine.startswith("pipeline")
-        if engine in given:
-            cases = given[engine]
-        elif ours:
-            cases = pipeline_cases(engine, short, long, batch)
-        else:
-            cases = peer_cases(engine, short, long, batch)
+        cases = given.get(engine) or multi_gpu_cases.tuning(engine, *seqs, batch, bench.gpus)
         positions = max([4096] + [case["seq"] for case in cases])
-        bench.train("pipeline" if ours else engine, family, cases, batch=batch, steps=1, positions=positions)
-
-
-def pipeline_cases(engine, short, long, batch):
-    """What may be fastest by the plan's memory; a replica's rank holds more of the model. Short rows: as many tokens at once."""
-    same = {"data": 2 if engine == "pipeline2" else 1, "fp8": engine == "pipeline-fp8"}
-    tried = {
-        "pipeline": [(4, "none", True), (2, "none", True), (4, "none", False)], "pipeline2": [(2, "none", True)],
-        "pipeline-fp8": [(4, "none", True)],
-    }[engine]  # fmt: skip
-    cases = [dict(same, seq=long, micro=micro, recompute=recompute, compile=compiled, rows=batch // 4)
-             for micro, recompute, compiled in tried]  # fmt: skip
-    return cases + [dict(same, seq=long, best=long), dict(same, seq=short, best=long)]
-
-
-def peer_cases(engine, short, long, batch):
-    """Every micro-batch, the likely best first; recomputation where the memory it saves could be worth it."""
-    keep = [{"keep": True}] if engine.startswith("fsdp2") else []
-    cases = [{"seq": long, "micro": micro, "recompute": again} for micro, again in ((4, "none"), (2, "none"), (8, "blocks"))]
-    cases += [dict(cases[0], **more) for more in keep] + [{"seq": long, "best": long}]
-    cases += [{"seq": short, "micro": micro, "recompute": "none"} for micro in (8, 4)]
-    cases += [dict(cases[-2], **more) for more in keep] + [{"seq": short, "best": short}]
-    cases += [{"seq": long, "micro": micro, "recompute": again} for micro, again in ((1, "none"), (4, "blocks"), (8, "none"))]
-    return [case if "best" in case else dict(case, rows=batch // 4) for case in cases]
+        engine = "pipeline" if engine in multi_gpu_cases.OURS else engine
+        bench.train(engine, family, cases, batch=batch, steps=1, positions=positions)
 
 
 def longest(bench, family, batch):
@@ -204,32 +182,33 @@ def longest(bench, family, batch):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--only", default="llama,bloom,road,longest-llama", help="parts, in this order: %(default)s")
-    parser.add_argument("--minutes", type=float, default=25.0)
-    parser.add_argument("--cases", type=json.loads, default={}, help="engine: cases, as JSON, instead of tuning")
+    parser.add_argument("--output", required=True, type=Path, help="rows as JSON, as they come; logs and road/ are made beside it")
+    parser.add_argument(
+        "--only", type=multi_gpu_cases.parts, default="llama,bloom,road,longest-llama", metavar="PARTS",
+        help="in this order: %(default)s; of one its own parts, such as llama:pipeline+fsdp2 or road:killed+speed",
+    )  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=25.0, help="what does not begin before is left out; default %(default)s")
+    parser.add_argument("--cases", type=multi_gpu_cases.given, default={}, help="of an engine, as JSON, instead of tuning it")
     parser.add_argument("--cpu", type=int, metavar="N", help="a rehearsal: tiny models on N CPU processes")
     args = parser.parse_args()
-    if args.cpu:
-        gpus = args.cpu
-    else:
+    if args.cpu is None:
         import torch
 
         gpus = torch.cuda.device_count()
-    bench = Bench(gpus, args.output, args.minutes, bool(args.cpu))
-    for what in args.only.split(","):
-        name, _, parts = what.partition(":")
-        wanted = parts.split("+") if parts else None
+    else:
+        gpus = args.cpu
+    if gpus < 2:
+        parser.error("a pipeline needs two GPUs, here are %d; a rehearsal on CPU processes: --cpu 2" % gpus)
+    bench = Bench(gpus, args.output, args.minutes, args.cpu is not None)
+    for name, wanted in args.only:
         if name == "road":
-            from benchmarks import multi_gpu_road
-
             multi_gpu_road.road(bench, wanted or multi_gpu_road.PARTS)
         elif name.startswith("longest-"):
             longest(bench, name[len("longest-") :], 2)
         else:
-            seqs = (64, 128) if args.cpu else (1024, 2048)
-            compare(bench, name, 64 if args.cpu else 128, seqs, wanted or ENGINES, args.cases)
-    return int(not bench.rows)
+            seqs = (64, 128) if bench.cpu else (1024, 2048)
+            compare(bench, name, 64 if bench.cpu else 128, seqs, wanted or multi_gpu_cases.ENGINES, args.cases)
+    return int(not any("error" not in row and "failed" not in row for row in bench.rows))
 
 
 if __name__ == "__main__":

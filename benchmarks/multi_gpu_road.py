@@ -3,7 +3,7 @@ many as stages less two), with figures. Rows: {what, ...}.
 
 losses    20 steps on all GPUs as a pipeline, and on one GPU: the largest relative difference of a step's loss
 killed    a rank killed with SIGKILL at step 12 of 20: seconds until the command has ended, its exit code and last line; then
-          --resume: the largest relative difference of a step's loss from the unkilled run's
+          --resume: the largest relative difference of a step's loss from the unkilled run's, before and behind the checkpoint
 export    the export of all ranks at the end of the training, its proof
 generate  DeepSpeed's tensor-parallel generation on two GPUs and on one, fp32, greedy: whether the texts are equal
 speed     export_from_ranks.py: the export of all ranks at 7B
@@ -26,6 +26,9 @@ PROMPTS = ["red green blue", "the number of one is", "two three and the answer"]
 
 def road(bench, parts):
     """losses and killed at the same time, the rest one after another."""
+    if bench.left <= 0:
+        bench.add({"what": "road", "error": "no time left"})
+        return
     work = bench.output.resolve().parent / "road"
     work.mkdir(parents=True, exist_ok=True)
     blocks = max(2, bench.gpus - 2)
@@ -43,9 +46,7 @@ def road(bench, parts):
     if "losses" in parts:
         losses(bench, runs["all"].result(), runs["one"].result())
     if row:
-        compared = whole.get("steps") and not row.result()["resumed"]
-        steps = steps_of(work / "killed")
-        bench.add(dict(row.result(), farthest=farthest(steps, whole["steps"], range(1, STEPS + 1)) if compared else None))
+        bench.add(dict(row.result(), **apart(work / "killed", whole) if not row.result()["resumed"] else {}))
     if "generate" in parts:
         generate(bench, work, environment)
     if "speed" in parts:
@@ -111,6 +112,16 @@ def trained(bench, work, environment, name):
     return dict(row, steps=steps_of(work / name))
 
 
+def apart(out, whole):
+    """Of a killed and resumed run from the unkilled one, up to the checkpoint that it went on from, and behind: two runs on GPUs
+    may differ without any kill."""
+    if "steps" not in whole:
+        return {}
+    steps, half = steps_of(out), STEPS // 2
+    return {"before_the_kill": farthest(steps, whole["steps"], range(1, half + 1)),
+            "resumed_steps": farthest(steps, whole["steps"], range(half + 1, STEPS + 1))}  # fmt: skip
+
+
 def losses(bench, whole, one):
     if "steps" in whole and "steps" in one:
         a, b = whole.pop("steps"), one.pop("steps")
@@ -130,7 +141,7 @@ def killed(bench, work, environment):
         os.kill(ranks[-1], signal.SIGKILL)
     stderr = process.communicate()[1]
     row = {"what": "killed", "ranks": len(ranks), "seconds": round(time.monotonic() - began, 2), "code": process.returncode,
-           "last": stderr.strip().splitlines()[-1], "steps": max(steps_of(out), default=0)}  # fmt: skip
+           "last": (stderr.strip().splitlines() or [""])[-1], "steps": max(steps_of(out), default=0)}  # fmt: skip
     words = command("train", "--config", path, "--resume")
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     return dict(row, resumed=done.returncode, resumed_last=ended(done))

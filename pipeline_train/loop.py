@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -95,9 +95,9 @@ class Loop:
         self.metrics, self.report, self.phases = metrics, report, phases
         self.memory: List[float] = []
         self.losses: List[float] = []
-        self.tokens = 0
-        self.saves = 0  # how many saves that were wished for have been made
+        self.tokens = self.saves = 0  # trained on; of the saves that were wished for, made
         self.limit = OverflowLimit(self.config.optim.loss_scale)
+        self.first: Optional[Tuple[int, float]] = None  # step that this start has done, and when
         self.pulse = pipe.watched.pulse
         self.saver = checkpoint.Saver(pipe, out, facts)
 
@@ -136,7 +136,7 @@ class Loop:
             if number % self.config.train.log_every == 0 or number == self.total or stop:
                 line = self._log(number, window, result.grad_norm, rate, rows.epoch)
                 window = Window()
-            self._show(number, result.loss, rows, began, done, line)
+            self._show(number, result.loss, rows, line)
             started = time.perf_counter()
             if stop or saves > self.saves or self._due(number, self.config.train.save_every):
                 self.pulse.tick("saving")
@@ -219,13 +219,14 @@ class Loop:
         peak = peak_flops(torch.cuda.get_device_name()) * self.config.world if self.pipe.cuda else 0.0
         return plan.step_flops(self.pipe.dims, window.tokens, window.pairs) / seconds / peak if peak else None
 
-    def _show(self, number: int, loss: float, rows: StepRows, began: float, done: int, line: Optional[Dict[str, Any]]) -> None:
-        if self.report is not None:
-            left = (time.perf_counter() - began) / (number - done) * (self.total - number)
-            self.report({
-                "step": number, "total": self.total, "loss": loss, "tokens": rows.tokens, "learnt_tokens": rows.learnt_tokens,
-                "epoch": rows.epoch, "eta_s": left, "line": line,
-            })  # fmt: skip
+    def _show(self, number: int, loss: float, rows: StepRows, line: Optional[Dict[str, Any]]) -> None:
+        if self.report is None:
+            return
+        now = time.perf_counter()
+        first, since = self.first = self.first or (number, now)  # that step compiles: how long others take it does not tell
+        left = (now - since) / (number - first) * (self.total - number) if number > first else None
+        self.report({"step": number, "total": self.total, "loss": loss, "tokens": rows.tokens, "learnt_tokens": rows.learnt_tokens,
+                     "epoch": rows.epoch, "eta_s": left, "line": line})  # fmt: skip
 
     def _saved(self, finished: List[Dict[str, Any]]) -> None:
         for fields in finished:

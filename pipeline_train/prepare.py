@@ -6,8 +6,6 @@
 <out>/data/                  the encoded samples
 """
 
-import json
-import shutil
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
@@ -21,6 +19,7 @@ from . import (
     manifest,
     nodes,
     plan,
+    resolved,
     run_folder,
     scattered,
     weights,
@@ -98,12 +97,14 @@ def prepare(
     done = 0 if document is None else int(document["step"])
     if document is not None:
         _say_new_data(run_folder.same_run(run, document, facts, allow_changed_data), done, total, per_epoch, say)
-        run_folder.say_changes(run, out, say)
+        if done < total:
+            run_folder.say_changes(run, out, say)
     saves = _saves(run.train.save_every or total, done, total)
     if saves:
         checkpoint_folder.check_room(run, dims, source.name, saves, say, layers)
     documents = {"versions.json": found, "data.json": dict(facts, pad_id=codec.pad_id), "plan.json": _planned(run, dims, stack)}
-    _write_resolved(run, out, source, folder, codec, documents)
+    if done < total or not resolved.stays(run, out):
+        resolved.write(run, out, source, folder, codec, documents)
     prepared = Prepared(run, out, dims, gpus, total, checkpoint, done)
     if party is not None:
         party.share(_shared(prepared) if party.place.node == 0 else None)
@@ -120,10 +121,10 @@ def _shared(prepared: Prepared) -> Dict[str, Any]:
 def _follow(party: Party, out: Path, gpus: int) -> Prepared:
     """For another node in the same folder: what node 0 has prepared there."""
     told = party.share()
-    resolved = out / "resolved"
-    nodes.wait_for(resolved / "run.yaml", told["run"], lambda path: str(manifest.file_entry(path)["sha256"]))
-    run = config.load(resolved / "run.yaml")
-    dims = families.dims_of(families.read_config(str(resolved / "model")))
+    folder = out / "resolved"
+    nodes.wait_for(folder / "run.yaml", told["run"], lambda path: str(manifest.file_entry(path)["sha256"]))
+    run = config.load(folder / "run.yaml")
+    dims = families.dims_of(families.read_config(str(folder / "model")))
     resume = None if told["resume"] is None else out / "checkpoints" / told["resume"]
     return Prepared(run, out, dims, gpus, told["total"], resume, told["done"])
 
@@ -144,21 +145,6 @@ def _resolve_model(run: RunConfig, folder: Path, where: str, card: Optional[str]
     if lack is not None:
         say("%s: parallel: %s" % (where, lack))
     return dims
-
-
-def _write_resolved(run: RunConfig, out: Path, source: Path, folder: Path, codec: TextCodec, documents: Dict[str, Any]) -> None:
-    resolved = out / "resolved"
-    try:
-        (resolved / "model").mkdir(parents=True, exist_ok=True)
-        (out / "logs").mkdir(exist_ok=True)
-        shutil.copyfile(str(source), str(resolved / "original.yaml"))
-        (resolved / "run.yaml").write_text(config.resolved_yaml(run), encoding="utf-8")
-        for name, document in documents.items():
-            (resolved / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        shutil.copyfile(str(folder / "config.json"), str(resolved / "model" / "config.json"))
-        codec.save(str(resolved / "model"))
-    except OSError as error:
-        raise UserError("run.out: %s: cannot be written: %s" % (error.filename or out, error.strerror)) from None
 
 
 def _planned(run: RunConfig, dims: Dims, stack: str) -> Dict[str, Any]:

@@ -119,7 +119,8 @@ class Processes:
         time.sleep(DUMP_S if left else 0.0)
         sizes = {path.name: path.stat().st_size for path in self.logs.glob("rank_*.stacks")}
         left = [rank for rank in left if sizes.get("rank_%d.stacks" % rank)]
-        return ", stacks of %s: %s" % (_ranks(left), self.logs / "rank_*.stacks") if left else ""
+        name = "rank_%d.stacks" % left[0] if len(left) == 1 else "rank_*.stacks"
+        return ", stacks of %s: %s" % (_ranks(left), self.logs / name) if left else ""
 
     def _error_file(self, rank: int) -> Path:
         return self.logs / ("rank_%d.error" % rank)

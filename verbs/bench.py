@@ -7,6 +7,11 @@ from . import flags
 from .progress import say
 
 HELP = "measure on this machine, with peers side by side: train, serve, convert"
+OPTIONS = {  # run.yaml's keys in what is refused -> ours
+    "model.dtype: ": "--dtype ", "model.dtype": "--dtype", "run.fp8": "--fp8", "run.compile": "--compile",
+    "parallel.pipe": "--pipe", "parallel.data": "--data", "parallel.recompute: ": "--recompute ", "batch.micro": "--micro",
+    "data.seq_len": "--seq-len",
+}  # fmt: skip
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +104,15 @@ def _train(args: argparse.Namespace) -> Dict[str, Any]:
             raise UserError("--%s %d: must be at least 1" % (name.replace("_", "-"), getattr(args, name)))
     if args.documents < 0:
         raise UserError("--documents %d: must be 0 or more" % args.documents)
-    case, cuda = checked(_case(args), say)
+    try:
+        case, cuda = checked(_case(args), say)
+    except UserError as error:
+        if args.config is not None:
+            raise
+        text = str(error)
+        for key, option in OPTIONS.items():
+            text = text.replace(key, option)
+        raise UserError(text) from None
     return {"what": "train", "rows": bench(case, args.peers, cuda, say)}
 
 

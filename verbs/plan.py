@@ -5,7 +5,11 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from . import flags
 
-MODEL_ONLY = tuple("gpus data parts seq_len micro micro_batches optim dtype recompute offload compile fp8".split())
+MODEL_ONLY = {  # options that --config goes without -> run.yaml's keys
+    "gpus": "parallel.pipe", "data": "parallel.data", "parts": "parallel.parts", "seq_len": "data.seq_len", "micro": "batch.micro",
+    "micro_batches": "batch.global", "optim": "optim.type", "dtype": "model.dtype", "recompute": "parallel.recompute",
+    "offload": "parallel.offload", "compile": "run.compile", "fp8": "run.fp8",
+}  # fmt: skip
 HELP = "what a training run needs: GPUs, memory per stage, balance, bubble, tokens per second"
 DEFAULT_GPU = "h100-80g"
 COLUMNS = ("weights", "grads", "optimizer", "activations", "buffers", "total")
@@ -72,7 +76,8 @@ def _from_config(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
 
     given = [option for option in MODEL_ONLY if getattr(args, option)]
     if given:
-        raise UserError("--%s: run.yaml says it; change it there, or with --set" % given[0].replace("_", "-"))
+        option, key = given[0].replace("_", "-"), MODEL_ONLY[given[0]]
+        raise UserError("--%s: run.yaml says it; change it there, or with --set %s=..." % (option, key))
     loaded, where = config.load(args.config, tuple(args.set)), Path(args.config).name
     raw = config_json(loaded.model.path)
     dims = families.dims_of(raw)

@@ -66,7 +66,10 @@ def _train(loaded: Any, args: argparse.Namespace, party: Any, host: Any) -> Dict
     exporting.check_model(loaded.export, prepared.dims, prepared.config.model.dtype, leads)
     out = str(prepared.out)
     if prepared.done >= prepared.total:
-        say("%s: finished already, at step %d of %d" % (out, prepared.done, prepared.total))
+        end = "step %d of %d" % (prepared.done, prepared.total)
+        if prepared.done > prepared.total:
+            end = "step %d; by run.yaml it would end at step %d now" % (prepared.done, prepared.total)
+        say("%s: finished already, at %s" % (out, end))
         done = {"out": out, "steps": prepared.done, "checkpoint": str(prepared.resume), "finished": True}
         done.update(loss_first=None, loss_last=None, seconds=0.0, tokens=0, peak_gib=[])
         return dict(done, **_export(prepared, party, False))

@@ -37,7 +37,7 @@ def speed(dims: Dims, sizes: Sizes, setup: Setup, boundaries: Sequence[int], gpu
     card, tokens = GPUS[gpu], setup.micro * setup.seq_len
     weights = layer_weights(dims, setup.seq_len, setup.again)
     work_of, products = (
-        layer_weights(dims, length, setup.again, setup.fp8_pays and bool(card.fp8)) for length in (setup.seq_len, 0)
+        layer_weights(dims, length, setup.again, setup.fp8_pays and mfu == card.fp8) for length in (setup.seq_len, 0)
     )
     dearer = FLEX if setup.compiled else 1.0
     costs = [product + (both - product) * dearer for both, product in zip(work_of, products)]

@@ -144,9 +144,10 @@ def test_a_row_that_failed_has_no_ratio_and_still_a_line_in_the_table():
 @pytest.mark.parametrize("options, message", [
     (["--micro", "0"], "--micro 0: must be at least 1"),
     (["--documents", "-1"], "--documents -1: must be 0 or more"),
-    (["--model", "llama-tiny", "--pipe", "7"], "parallel.pipe: 7 stages, but the model has only 6 layers"),
+    (["--model", "llama-tiny", "--pipe", "7"], "--pipe: 7 stages, but the model has only 6 layers"),
     (["--model", "llama-tiny", "--seq-len", "5000"], "--seq-len 5000: the model has 4096 positions"),
-    (["--model", "llama-tiny", "--dtype", "fp16"], "bench train: model.dtype: fp16 needs a GPU, and none is here"),
+    (["--model", "llama-tiny", "--dtype", "fp16"], "bench train: --dtype fp16 needs a GPU, and none is here"),
+    (["--model", "llama-tiny", "--fp8"], "--fp8: is for bf16 runs, and this one is in fp32; set --dtype bf16, or leave --fp8 out"),
 ])  # fmt: skip
 def test_what_cannot_be_measured(options, message):
     command = [sys.executable, "-m", "pipedock", "bench", "train", *options]

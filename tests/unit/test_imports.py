@@ -22,7 +22,7 @@ ROWS = [
     {"stages", "weights", "instructions", "accumulate"},
     {"engine", "optimizer", "checkpoint", "masters", "metrics", "sinks"},
     {"loop", "worker", "selftest"},
-    {"prepare", "device", "nodes", "remote", "gather_ssh"},
+    {"prepare", "resolved", "device", "nodes", "remote", "gather_ssh"},
     {"launch", "processes", "team", "preflight", "report", "selftest_run"},
 ]  # fmt: skip
 EXPORT_MAY = {"errors", "families", "manifest", "proof", "host", "config", "models", "weights", "data.template"}

@@ -28,3 +28,15 @@ def test_on_a_cpu_the_plan_s_memory_is_another_thing(tmp_path):
     written = []
     made(tmp_path, False, written)._compare_memory(1)
     assert written == []
+
+
+def test_the_time_left_is_told_by_the_steps_behind_the_first(tmp_path, monkeypatch):
+    """The first one of a start compiles, or at least warms up."""
+    now, told = [100.0], []
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    found = made(tmp_path, False, [])
+    found.report, found.total, found.first = told.append, 10, None
+    for number, seconds in ((5, 60.0), (6, 2.0), (7, 4.0)):
+        now[0] += seconds
+        found._show(number, 1.0, SimpleNamespace(tokens=1, learnt_tokens=1, epoch=0), None)
+    assert [one["eta_s"] for one in told] == [None, 2.0 * 4, 3.0 * 3]

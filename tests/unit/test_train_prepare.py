@@ -558,6 +558,21 @@ def test_what_may_change_at_a_resume_is_said(start, monkeypatch):
     assert said[0].endswith("is 1.0 from here on")
 
 
+def test_with_nothing_left_to_train_what_was_trained_stays_on_record(start, tmp_path):
+    start(train={"max_steps": 4})
+    used(start)
+    before = contents(start.out)
+    elsewhere = str(tmp_path / "export")
+    done = start("newest", train={"max_steps": 2}, optim={"lr": 1.0}, parallel={"pipe": 1, "data": 2}, export={"dir": elsewhere})
+    assert done.done == 4 and done.total == 2 and not [line for line in start.said if line.startswith("--resume: ")]
+    after = contents(start.out)
+    name = next(name for name in before if str(name).endswith("resolved/run.yaml"))
+    was, now = (config.parse(yaml.safe_load(one.pop(name))) for one in (before, after))
+    assert now.export.dir == elsewhere and was.export is None
+    now.export = None
+    assert now == was and before == after
+
+
 def test_a_template_that_writes_the_date_keeps_the_first_starts_at_a_resume(start, tmp_path, monkeypatch):
     class Clock(datetime):
         day = 1

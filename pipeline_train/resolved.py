@@ -1,0 +1,39 @@
+"""<out>/resolved: what a run is made of, as it was started last."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Dict
+
+from . import config
+from .config_schema import RunConfig
+from .data.encode import TextCodec
+from .errors import UserError
+
+
+def write(run: RunConfig, out: Path, source: Path, folder: Path, codec: TextCodec, documents: Dict[str, Any]) -> None:
+    """``source``: the user's run.yaml; ``folder``: the model's; ``documents``: file name -> content. Raises UserError."""
+    resolved = out / "resolved"
+    try:
+        (resolved / "model").mkdir(parents=True, exist_ok=True)
+        (out / "logs").mkdir(exist_ok=True)
+        shutil.copyfile(str(source), str(resolved / "original.yaml"))
+        (resolved / "run.yaml").write_text(config.resolved_yaml(run), encoding="utf-8")
+        for name, document in documents.items():
+            (resolved / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        shutil.copyfile(str(folder / "config.json"), str(resolved / "model" / "config.json"))
+        codec.save(str(resolved / "model"))
+    except OSError as error:
+        raise UserError("run.out: %s: cannot be written: %s" % (error.filename or out, error.strerror)) from None
+
+
+def stays(run: RunConfig, out: Path) -> bool:
+    """Nothing is left to train: what was trained stays as it was written, but for its export. False: it is not there."""
+    path = out / "resolved" / "run.yaml"
+    try:
+        trained = config.load(path)
+    except UserError:
+        return False
+    trained.export = run.export
+    path.write_text(config.resolved_yaml(trained), encoding="utf-8")
+    return True
