@@ -128,10 +128,10 @@ def test_it_runs_without_torch(model):
 
 
 def test_a_hub_name_and_a_run_with_config_only(capfd, model, monkeypatch, tmp_path):
-    from verbs import plan
+    from pipeline_train import hub
 
     where = model(LLAMA_7B)
-    monkeypatch.setattr(plan, "_from_hub", lambda name: {"org/llama": where + "/config.json"}[name])
+    monkeypatch.setattr(hub, "config_of", lambda name: {"org/llama": where + "/config.json"}[name])
     code, out, _ = check(capfd, "--model", "org/llama", "--gpu", "t4", "--config-only", "--version", "0.8")
     assert code == 0 and "can serve it on 1 x t4" in out
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
