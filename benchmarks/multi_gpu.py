@@ -140,15 +140,9 @@ def hopeless(found, case):
         return not any(
             "tokens_per_s" in row and row["seq"] == case["best"] and row.get("data") == case.get("data") for row in found
         )
-    for row in found:
+    for row in [row for row in found if "error" in row and "micro" in row]:
         alike = all(row.get(key) == case.get(key) for key in ("seq", "data", "keep"))
-        if (
-            "error" in row
-            and "micro" in row
-            and alike
-            and row["micro"] <= case["micro"]
-            and row["recompute"] in (case["recompute"], "blocks")
-        ):
+        if alike and row["micro"] <= case["micro"] and row["recompute"] in (case["recompute"], "blocks"):
             return True
     return False
 

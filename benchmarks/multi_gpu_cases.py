@@ -22,10 +22,8 @@ def tuning(engine, short, long, batch, gpus):
 
 def _pipeline(engine, short, long):
     """What may be fastest by the plan's memory; a replica's rank holds more of the model. Short rows: as many tokens at once."""
-    tried = {"pipeline": [(4, True), (2, True), (4, False)], "pipeline2": [(2, True), (4, True)], "pipeline-fp8": [(4, True)]}[
-        engine
-    ]
-    cases = [{"seq": long, "micro": micro, "recompute": "none", "compile": compiled} for micro, compiled in tried]
+    tried = {"pipeline": [(4, True), (2, True), (4, False)], "pipeline2": [(2, True), (4, True)], "pipeline-fp8": [(4, True)]}
+    cases = [{"seq": long, "micro": micro, "recompute": "none", "compile": compiled} for micro, compiled in tried[engine]]
     return [dict(OURS[engine], **case) for case in cases + [{"seq": long, "best": long}, {"seq": short, "best": long}]]
 
 

@@ -124,9 +124,9 @@ def apart(out, whole):
 
 def losses(bench, whole, one):
     if "steps" in whole and "steps" in one:
-        a, b = whole.pop("steps"), one.pop("steps")
-        bench.add({"what": "losses", "runs": [whole, one], "first": a[1], "last": a[STEPS], "farthest": farthest(a, b, a)})
-        whole["steps"] = a
+        a, b = whole["steps"], one["steps"]
+        runs = [{key: value for key, value in run.items() if key != "steps"} for run in (whole, one)]
+        bench.add({"what": "losses", "runs": runs, "first": a[1], "last": a[STEPS], "farthest": farthest(a, b, a)})
 
 
 def killed(bench, work, environment):

@@ -24,7 +24,7 @@ def write(run: RunConfig, out: Path, source: Path, folder: Path, codec: TextCode
         shutil.copyfile(str(folder / "config.json"), str(resolved / "model" / "config.json"))
         codec.save(str(resolved / "model"))
     except OSError as error:
-        raise UserError("run.out: %s: cannot be written: %s" % (error.filename or out, error.strerror)) from None
+        raise _unwritable(out, error) from None
 
 
 def stays(run: RunConfig, out: Path) -> bool:
@@ -34,6 +34,14 @@ def stays(run: RunConfig, out: Path) -> bool:
         trained = config.load(path)
     except UserError:
         return False
-    trained.export = run.export
-    path.write_text(config.resolved_yaml(trained), encoding="utf-8")
+    if trained.export != run.export:
+        trained.export = run.export
+        try:
+            path.write_text(config.resolved_yaml(trained), encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(out, error) from None
     return True
+
+
+def _unwritable(out: Path, error: OSError) -> UserError:
+    return UserError("run.out: %s: cannot be written: %s" % (error.filename or out, error.strerror))

@@ -36,9 +36,8 @@ def speed(dims: Dims, sizes: Sizes, setup: Setup, boundaries: Sequence[int], gpu
     """``mfu``: share of the card's peak that arithmetic reaches, recomputation counted as work."""
     card, tokens = GPUS[gpu], setup.micro * setup.seq_len
     weights = layer_weights(dims, setup.seq_len, setup.again)
-    work_of, products = (
-        layer_weights(dims, length, setup.again, setup.fp8_pays and mfu == card.fp8) for length in (setup.seq_len, 0)
-    )
+    fp8 = setup.fp8_pays and mfu == card.fp8  # any other share is not one of blocks in fp8
+    work_of, products = (layer_weights(dims, length, setup.again, fp8) for length in (setup.seq_len, 0))
     dearer = FLEX if setup.compiled else 1.0
     costs = [product + (both - product) * dearer for both, product in zip(work_of, products)]
     flops, work = ([sum(each[a:b]) for a, b in zip(boundaries, boundaries[1:])] for each in (weights, costs))

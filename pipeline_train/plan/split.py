@@ -12,9 +12,7 @@ from ..errors import UserError
 from ..families import FAMILIES, Dims
 
 Join = Callable[[Any, Any], float]
-FP8_HEAD = (
-    1.25  # so much longer: 13 and 17 blocks of bloom-7B, and 13 and a head, with run.fp8 and without (benchmarks/results, H200)
-)
+FP8_HEAD = 1.25  # so much longer, by the stages of bloom-7B with run.fp8 and without (benchmarks/results, two H200)
 Cost = Callable[[int, int, int], float]  # stage, start, end
 Fits = Callable[[int, int, int], bool]  # stage, start, end; what fits still fits with fewer layers
 

@@ -573,6 +573,16 @@ def test_with_nothing_left_to_train_what_was_trained_stays_on_record(start, tmp_
     assert now == was and before == after
 
 
+def test_a_finished_run_whose_record_cannot_be_written_says_so(start, tmp_path, monkeypatch):
+    start(train={"max_steps": 4})
+    used(start)
+    record = start.out / "resolved" / "run.yaml"
+    fails(monkeypatch, Path, "write_text", record, errno.EROFS)
+    assert start("newest", train={"max_steps": 4}).done == 4  # nothing to write
+    with pytest.raises(UserError, match="^run.out: %s: cannot be written: Read-only file system$" % record):
+        start("newest", train={"max_steps": 4}, export={"dir": str(tmp_path / "export")})
+
+
 def test_a_template_that_writes_the_date_keeps_the_first_starts_at_a_resume(start, tmp_path, monkeypatch):
     class Clock(datetime):
         day = 1
