@@ -9,9 +9,9 @@ llama and bloom: 7B geometry, random weights, bf16, a step of 128 rows of 1024 a
 D = 1 (pipeline, and pipeline-fp8 with run.fp8), and P = half of them with D = 2 (pipeline2). Each is tuned first on a quarter of
 the rows (multi_gpu_cases.py): the peers over micro-batches, with and without recomputation, FSDP2 also with weights kept whole
 during a step, and with every block through torch.compile (fsdp2-compiled); the pipeline over what its plan lets in. The best is
-then measured on the whole step. --cases names the cases of an engine instead (what an earlier call found to be best); rows, where
-a case names none, are those of a whole step. All of it runs in multi_gpu_rank.py, which says what the peers are; road is
-multi_gpu_road.py.
+then measured on the whole step, and weights kept whole at once: they pay once a step. --cases names the cases of an engine instead
+(what an earlier call found to be best); rows, where a case names none, are those of a whole step. All of it runs in
+multi_gpu_rank.py, which says what the peers are; road is multi_gpu_road.py.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class Bench:
             cases = task["cases"][:1] if engine == "pipeline" else task["cases"]
             new = self._ranks(dict(task, cases=cases, known=found))
             found += new
-            task["cases"] = [case for case in task["cases"][len(new) :] if not hopeless(found, case)]
+            task["cases"] = multi_gpu_cases.worthwhile(found, task["cases"][len(new) :])
             if until_failure and "error" in new[-1]:
                 break
         return found
@@ -134,19 +134,6 @@ def shown(row):
     )  # fmt: skip
 
 
-def hopeless(found, case):
-    """After a failure: with as many rows at once or more, and no more recomputation."""
-    if case.get("best"):
-        return not any(
-            "tokens_per_s" in row and row["seq"] == case["best"] and row.get("data") == case.get("data") for row in found
-        )
-    for row in [row for row in found if "error" in row and "micro" in row]:
-        alike = all(row.get(key) == case.get(key) for key in ("seq", "data", "keep"))
-        if alike and row["micro"] <= case["micro"] and row["recompute"] in (case["recompute"], "blocks"):
-            return True
-    return False
-
-
 def compare(bench, family, batch, seqs, wanted, given):
     """The ``wanted`` engines in turn: tuned on a quarter of the rows, then the best on all of them; or the ``given`` cases."""
     for engine in wanted:
@@ -193,6 +180,7 @@ def main():
         gpus = args.cpu
     if gpus < 2:
         parser.error("a pipeline needs two GPUs, here are %d; a rehearsal on CPU processes: --cpu 2" % gpus)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(gpus, args.output, args.minutes, args.cpu is not None)
     for name, wanted in args.only:
         if name == "road":

@@ -15,9 +15,9 @@ NEEDED = {"seq", "micro", "recompute"}
 
 def tuning(engine, short, long, batch, gpus):
     """-> cases, the likely best first: a quarter of the rows each (a micro-batch for every GPU at least), and for both lengths the
-    best of them on all rows."""
+    best of them on all rows. Weights kept whole are tried on all rows: what they save is paid for once a step."""
     cases = _pipeline(engine, short, long) if engine in OURS else _peer(engine, short, long)
-    return [case if "best" in case else dict(case, rows=max(batch // 4, gpus * case["micro"])) for case in cases]
+    return [case if "best" in case or "keep" in case else dict(case, rows=max(batch // 4, gpus * case["micro"])) for case in cases]
 
 
 def _pipeline(engine, short, long):
@@ -39,6 +39,37 @@ def _peer(engine, short, long):
         found += [{"seq": seq, "micro": 8, "recompute": "blocks"}, {"seq": seq, "best": seq}]
     rest = [{"seq": long, "micro": micro, "recompute": again} for micro in (1, 2, 4, 8) for again in ("none", "blocks")]
     return found + [case for case in rest if case not in found and (case["micro"] > 2 or case["recompute"] == "none")]
+
+
+def fastest(found, case, batch):
+    """Of the rows that a case with ``best`` chooses from, the fastest; of those that had a part of the ``batch`` only, if there
+    are such. None without any."""
+    wanted = case["best"], case.get("data")
+    rows = [row for row in found if "tokens_per_s" in row and (row["seq"], row.get("data")) == wanted]
+    rows = [row for row in rows if row["rows"] < batch] or rows
+    return max(rows, key=lambda row: row["tokens_per_s"]) if rows else None
+
+
+def worthwhile(found, cases):
+    """Of the cases that are left after a failure those that may do better; a ``best`` where it will have one to choose from."""
+    left = []
+    for case in cases:
+        if "best" in case:
+            rows = [row for row in found if "tokens_per_s" in row] + [one for one in left if "best" not in one]
+            hopeful = any((row["seq"], row.get("data")) == (case["best"], case.get("data")) for row in rows)
+        else:
+            hopeful = not hopeless(found, case)
+        left += [case] if hopeful else []
+    return left
+
+
+def hopeless(found, case):
+    """Whether a case failed with no more rows at once, and as much recomputation."""
+    for row in [row for row in found if "error" in row and "micro" in row]:
+        alike = all(row.get(key) == case.get(key) for key in ("seq", "data", "keep"))
+        if alike and row["micro"] <= case["micro"] and row["recompute"] in (case["recompute"], "blocks"):
+            return True
+    return False
 
 
 def given(text):

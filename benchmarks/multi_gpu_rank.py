@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench import rank as measuring  # noqa: E402
 from bench.task import Case  # noqa: E402
+from benchmarks import multi_gpu_cases  # noqa: E402
 
 built = {}  # engine name -> a peer, which serves every case
 
@@ -57,15 +58,13 @@ def measure(task, case):
                 samples_per_s=one.rows / row["step_s"], built_s=round(build_s, 1), **{key: row[key] for key in kept})  # fmt: skip
 
 
-def best_of(known, case):
+def best_of(known, case, batch):
     """The case with what it leaves open filled in, as rank 0 has measured it."""
     import torch.distributed as dist
 
     if not case.get("best"):
         return case
-    wanted = case["best"], case.get("data")
-    rows = [row for row in known if "tokens_per_s" in row and (row["seq"], row.get("data")) == wanted]
-    chosen = [max(rows, key=lambda row: row["tokens_per_s"])] if rows else [None]
+    chosen = [multi_gpu_cases.fastest(known, case, batch)]
     dist.broadcast_object_list(chosen, src=0)
     if chosen[0] is None:
         raise SystemExit("no case of seq %d has been measured" % case["best"])
@@ -86,7 +85,7 @@ def main():
     engine.connect(cuda, int(os.environ["LOCAL_RANK"]))
     known = task.get("known", [])
     for number, case in enumerate(task["cases"]):
-        case = best_of(known, case)
+        case = best_of(known, case, task["batch"])
         try:
             row = measure(task, case)
         except torch.OutOfMemoryError as error:

@@ -372,9 +372,10 @@ def test_speed_and_memory_are_those_measured():
 
 def test_speed_and_memory_of_two_stages_are_those_measured():
     """On two H200, 7B: within 5 and 1 %; the memory of rows of 163 840 tokens within 5."""
-    rows = json.loads((ROOT / "benchmarks" / "results" / "2026-11-29-h200x2-pipeline.json").read_text())
+    pages = (ROOT / "benchmarks" / "results").glob("2026-11-29-h200x2-*.json")
+    rows = [row for page in pages for row in json.loads(page.read_text())]
     rows = [row for row in rows if row.get("engine") == "pipeline" and "tokens_per_s" in row]
-    assert len(rows) == 9 and {row["family"] for row in rows} == {"llama", "bloom"} and {row["data"] for row in rows} == {1, 2}
+    assert len(rows) == 15 and {row["family"] for row in rows} == {"llama", "bloom"} and {row["data"] for row in rows} == {1, 2}
     for row in rows:
         model, long = shapes.model_of(row["family"] + "-7b"), row["seq"] > 10000
         if long:
@@ -388,7 +389,7 @@ def test_speed_and_memory_of_two_stages_are_those_measured():
 
 
 def test_with_fp8_a_stage_with_a_large_head_gets_fewer_blocks():
-    """Measured with [18, 14] on two H200: 7.69 and 8.48 s (bloom-7B); [19, 13] would be 8.1 and 8.1."""
+    """Measured on two H200 (bloom-7B): with [18, 14] 7.69 and 8.48 s busy, 29 375 tokens/s; with [19, 13] 8.37 and 7.88, 30 235."""
     wish = {"gpu": "h200", "gpus": 2, "seq_len": 2048, "micro": 1, "micro_batches": 128}
     model = shapes.model_of("bloom-7b")
     cut = {name: plan(model, compile=compiled, fp8=fp8, **wish) for name, compiled, fp8 in (
