@@ -1,12 +1,14 @@
 """What the compose services run inside their container: ``road.py train run.yaml`` and ``road.py export run.yaml``.
 
-train: makes the example's model and data if run.yaml names them and they are missing, then trains, or goes on where it was stopped.
-  NODES, NODE_RANK, MASTER_ADDR and MASTER_PORT in the environment, or HOSTFILE: on several nodes.
+train: makes the example's model and data if run.yaml names them and they are missing, then trains, or goes on where it was stopped;
+  with an export: section ``exports/current`` is its export then. NODES, NODE_RANK, MASTER_ADDR and MASTER_PORT in the environment,
+  or HOSTFILE: on several nodes.
 export: the run's newest checkpoint -> its export folder, the proof, and ``exports/current``, which the serve service loads.
 Python 3.8 runs this, too.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,8 @@ from pipeline_train.errors import UserError
 
 DEMO = Path(__file__).resolve().parent.parent / "ci" / "demo"
 EXAMPLE_DATA, EXAMPLE_MODEL = "data/example.jsonl", "models/example-bloom"
+TARGETS = {"cuda": "tgi-3", "cu116": "tgi-0.8"}  # by STACK: whom the export is for where run.yaml does not say it
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 NODE_FLAGS = {"NODES": "--nodes", "NODE_RANK": "--node-rank", "MASTER_ADDR": "--master-addr", "MASTER_PORT": "--master-port"}
 
 
@@ -57,16 +61,24 @@ def node_flags(env: Mapping[str, str]) -> List[str]:
     return flags + [part for name, value in given.items() if hostfile or named for part in (NODE_FLAGS[name], value)]
 
 
-def train(path: str, config: Any) -> None:
+def train(path: str, config: Any) -> int:
     flags = node_flags(os.environ)
     make_example(config)
-    os.execvp("pipedock", ["pipedock", "train", "--config", path, "--resume", "auto", *flags])
+    # In a session of its own a terminal's Ctrl-C comes once, from here.
+    child = subprocess.Popen(["pipedock", "train", "--config", path, "--resume", "auto", *flags], start_new_session=True)
+    for number in FORWARDED:
+        signal.signal(number, lambda got, frame: child.send_signal(got))
+    code = child.wait()
+    if code == 0 and config.export is not None and Path(config.export.dir, "config.json").is_file():  # on node 0 only
+        make_current(config.export.dir)
+    return code if code >= 0 else 128 - code
 
 
 def export(config: Any) -> None:
     folder = export_dir(config)
+    target = config.export.target if config.export is not None else TARGETS.get(os.environ.get("STACK", ""), "hf")
     for command in (
-        ["pipedock", "to-hf", "--input", config.run.out, "--output", folder, "--overwrite"],
+        ["pipedock", "to-hf", "--input", config.run.out, "--output", folder, "--target", target, "--overwrite"],
         ["pipedock", "verify", "--checkpoint", config.run.out, "--export", folder],
     ):
         code = subprocess.run(command).returncode
@@ -86,13 +98,15 @@ def make_current(folder: str) -> None:
 
 def main(action: str, path: str) -> int:
     try:
+        if Path(path).is_dir():  # Docker makes a folder of what it does not find
+            raise UserError("%s: a folder here, so RUN_CONFIG names no file; it is relative to the repository's folder, "
+                            "RUN_CONFIG=my/run.yaml" % path)  # fmt: skip
         config = run_yaml.load(path)
         check_kept(path, "run.out", config.run.out, "runs")
         check_kept(path, "export.dir", export_dir(config), "exports")
         if action == "train":
-            train(path, config)
-        else:
-            export(config)
+            return train(path, config)
+        export(config)
     except UserError as error:
         print("%s: %s" % (action, error), file=sys.stderr)
         return 2

@@ -3,6 +3,10 @@
 import importlib.util
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +31,27 @@ def workspace(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def started(road, monkeypatch):
+    """The commands that ``train`` starts, all of which end well."""
+    ran, usual = [], road.subprocess.Popen
+
+    class Child:
+        def wait(self):
+            return 0
+
+    def popen(command, *more, **named):
+        if command[0] != "pipedock":  # what makes the example
+            return usual(command, *more, **named)
+        assert named["start_new_session"], "Ctrl-C in a terminal would reach it twice"
+        ran.append(command)
+        return Child()
+
+    monkeypatch.setattr(road.subprocess, "Popen", popen)
+    monkeypatch.setattr(road.signal, "signal", lambda number, handler: None)
+    return ran
+
+
 @pytest.mark.parametrize("action", ["train", "export"])
 @pytest.mark.parametrize(
     "text, message",
@@ -47,13 +72,18 @@ def test_what_would_be_lost_with_the_container_is_refused(road, workspace, capsy
     assert len(said) == 1 and message in said[0]
 
 
-def test_the_example_is_made_once(road, workspace, monkeypatch):
+def test_a_run_config_that_docker_made_a_folder_of(road, workspace, capsys):
+    (workspace / "run.yaml").mkdir()
+    assert road.main("train", "run.yaml") == 2
+    assert capsys.readouterr().err == ("train: run.yaml: a folder here, so RUN_CONFIG names no file; it is relative to the "
+                                       "repository's folder, RUN_CONFIG=my/run.yaml\n")  # fmt: skip
+
+
+def test_the_example_is_made_once(road, workspace, monkeypatch, started):
     """Real records and a real tokenizer, and no second making over what the user may have changed."""
-    ran = []
-    monkeypatch.setattr(road.os, "execvp", lambda name, args: ran.append(args))
     compose = ROAD.parent / "run.yaml"
     assert road.main("train", str(compose)) == 0
-    assert ran == [["pipedock", "train", "--config", str(compose), "--resume", "auto"]]
+    assert started == [["pipedock", "train", "--config", str(compose), "--resume", "auto"]]
     records = [json.loads(line) for line in Path(road.EXAMPLE_DATA).read_text(encoding="utf-8").splitlines()]
     assert len(records) == 80 and {r["type"] for r in records} == {"conversation"}
     assert json.loads(Path(road.EXAMPLE_MODEL, "config.json").read_text())["model_type"] == "bloom"
@@ -62,8 +92,7 @@ def test_the_example_is_made_once(road, workspace, monkeypatch):
     assert Path(road.EXAMPLE_DATA).read_text() == "mine\n"
 
 
-def test_a_run_of_the_users_own_makes_no_example(road, workspace, monkeypatch):
-    monkeypatch.setattr(road.os, "execvp", lambda name, args: None)
+def test_a_run_of_the_users_own_makes_no_example(road, workspace, started):
     (workspace / "run.yaml").write_text(RUN % ("runs/a", "models/mine"), encoding="utf-8")
     assert road.main("train", "run.yaml") == 0
     assert os.listdir("data") == [] and os.listdir("models") == []
@@ -84,9 +113,7 @@ def test_a_run_of_the_users_own_makes_no_example(road, workspace, monkeypatch):
         ({"MASTER_PORT": "7"}, []),
     ],
 )
-def test_several_nodes_by_the_environment(road, workspace, monkeypatch, env, flags):
-    ran = []
-    monkeypatch.setattr(road.os, "execvp", lambda name, args: ran.append(args))
+def test_several_nodes_by_the_environment(road, workspace, monkeypatch, started, env, flags):
     (workspace / "cluster").mkdir()
     (workspace / "cluster/hostfile").write_text("a slots=1\n")
     (workspace / "run.yaml").write_text(RUN % ("runs/a", "models/mine"), encoding="utf-8")
@@ -95,7 +122,7 @@ def test_several_nodes_by_the_environment(road, workspace, monkeypatch, env, fla
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert road.main("train", "run.yaml") == 0
-    assert ran == [["pipedock", "train", "--config", "run.yaml", "--resume", "auto", *flags]]
+    assert started == [["pipedock", "train", "--config", "run.yaml", "--resume", "auto", *flags]]
 
 
 @pytest.mark.parametrize(
@@ -128,8 +155,65 @@ def test_current_follows_the_last_export(road, workspace, monkeypatch):
         (workspace / "run.yaml").write_text(RUN % ("runs/" + name, "m"), encoding="utf-8")
         assert road.main("export", "run.yaml") == 0
         assert os.readlink("exports/current") == name, "a relative link, for containers that mount exports/ elsewhere"
-    assert commands[0] == ["pipedock", "to-hf", "--input", "runs/a", "--output", "exports/a", "--overwrite"]
+    assert commands[0] == ["pipedock", "to-hf", "--input", "runs/a", "--output", "exports/a", "--target", "hf", "--overwrite"]
     assert commands[1] == ["pipedock", "verify", "--checkpoint", "runs/a", "--export", "exports/a"]
+
+
+@pytest.mark.parametrize("stack, section, target", [
+    ("cuda", "", "tgi-3"), ("cu116", "", "tgi-0.8"), ("cpu", "", "hf"),
+    ("cuda", "export: {dir: exports/x, target: vllm}\n", "vllm"),
+])  # fmt: skip
+def test_an_export_is_for_the_server_of_the_stack_or_as_run_yaml_says(road, workspace, monkeypatch, stack, section, target):
+    commands = []
+    monkeypatch.setattr(
+        road.subprocess, "run", lambda command: commands.append(command) or road.subprocess.CompletedProcess(command, 0)
+    )
+    monkeypatch.setenv("STACK", stack)
+    (workspace / "run.yaml").write_text(RUN % ("runs/x", "m") + section, encoding="utf-8")
+    assert road.main("export", "run.yaml") == 0
+    assert commands[0][commands[0].index("--target") + 1] == target
+
+
+PIPEDOCK = """#!%s
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
+pathlib.Path("exports/x").mkdir()
+if "slow" in open("run.yaml").read():
+    pathlib.Path("started").touch()
+    time.sleep(60)
+pathlib.Path("exports/x/config.json").touch()
+"""
+
+
+@pytest.fixture
+def on_path(workspace, monkeypatch):
+    """A command named pipedock that exports, or waits for a signal."""
+    (workspace / "bin").mkdir()
+    command = workspace / "bin/pipedock"
+    command.write_text(PIPEDOCK % sys.executable)
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", "%s:%s" % (command.parent, os.environ["PATH"]))
+
+
+def environment():
+    return dict(os.environ, PYTHONPATH=str(ROAD.parents[1]))
+
+
+def test_what_a_training_exports_is_current(workspace, on_path):
+    (workspace / "run.yaml").write_text(RUN % ("runs/x", "m") + "export: {dir: exports/x}\n", encoding="utf-8")
+    done = subprocess.run([sys.executable, str(ROAD), "train", "run.yaml"], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert os.readlink("exports/current") == "x" and "exports/current -> exports/x" in done.stderr
+
+
+def test_a_stopped_training_is_told_and_serves_nothing(workspace, on_path):
+    (workspace / "run.yaml").write_text(RUN % ("runs/slow", "m") + "export: {dir: exports/x}\n", encoding="utf-8")
+    process = subprocess.Popen([sys.executable, str(ROAD), "train", "run.yaml"], env=environment())
+    while not Path("started").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 1 and not os.path.lexists("exports/current")
 
 
 def test_a_proof_that_fails_is_not_served(road, workspace, monkeypatch):
