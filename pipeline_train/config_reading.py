@@ -1,6 +1,7 @@
 """Mappings against msgspec structs, with messages a user can act on: unknown keys by name, YAML's string floats, plain words."""
 
 import difflib
+import re
 from typing import Any, Dict, List
 
 import msgspec
@@ -80,7 +81,19 @@ def number_strings(raw: Any, struct: Any) -> Any:
             out[key] = _as_number(value)
         elif annotation == List[float] and isinstance(value, list):
             out[key] = [_as_number(v) for v in value]
+        elif annotation == Dict[str, Any]:
+            out[key] = exponents(value)
     return out
+
+
+def exponents(value: Any) -> Any:
+    """The same for a section of any keys, at any depth: only what can be nothing else, such as 5e8, and whole where it is whole."""
+    if isinstance(value, dict):
+        return {key: exponents(below) for key, below in value.items()}
+    if not isinstance(value, str) or not re.match(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,2}$", value):
+        return value
+    number = float(value)
+    return int(number) if number.is_integer() else number
 
 
 def _as_number(value: Any) -> Any:

@@ -49,6 +49,8 @@ def check(section: Dict[str, Any], where: str, say: Callable[[str], None]) -> No
             raise UserError("%s: deepspeed.%s: expected %s, got %r" % (where, key, ZERO[name], value))
     if "offload_param" in zero:
         say("deepspeed.zero_optimization.offload_param: has no effect below stage 3")
+    if "activation_checkpointing" in section:
+        say("deepspeed.activation_checkpointing: has no effect; parallel.recompute says what is computed again")
 
 
 def _known(name: Any, allowed: Any, key: str, where: str) -> None:

@@ -146,7 +146,7 @@ class Loop:
             if stop:
                 return dict(self._summary(number, time.perf_counter() - began), stopped=True)
             if self.eval_feed is not None and self._due(number, self.config.train.eval_every):
-                self._evaluate(number)
+                self._evaluate(number, self.eval_feed)
             window.start += time.perf_counter() - started  # saving and evaluating are not the step's time
         return self._summary(self.total, time.perf_counter() - began)
 
@@ -232,14 +232,14 @@ class Loop:
         for fields in finished:
             self._write("save", **fields)
 
-    def _evaluate(self, number: int) -> None:
+    def _evaluate(self, number: int, feed: Feed) -> None:
         """Mean loss over all learnt tokens of the evaluation data."""
-        assert self.eval_feed is not None
         total, weight = 0.0, 0
-        for step in range(self.eval_feed.steps_per_epoch):
-            rows = self.eval_feed.at(step)
+        for step in range(feed.steps_per_epoch):
+            rows = feed.at(step)
             total += self.pipe.evaluate(self._mine(rows), rows.learnt_tokens) * rows.learnt_tokens
             weight += rows.learnt_tokens
+            self._saved(self.saver.poll())  # a checkpoint should not lie unfinished for as long as this takes
         self._write("eval", step=number, loss=total / max(1, weight), tokens=weight)
 
     def _summary(self, number: int, seconds: float) -> Dict[str, Any]:

@@ -11,6 +11,7 @@ import yaml
 from . import config as run_config
 from .config_reading import NotYaml, read_yaml
 from .errors import UserError
+from .migrate_keys import MISSING, Old, deepspeed_section
 
 # Keys whose effect pipedock always has, so that nothing is lost: (path, what stands in their place).
 REPLACED = (
@@ -21,54 +22,8 @@ REPLACED = (
     ("fp16.auto_cast", "the forward pass casts its own inputs"),
     ("fp16.fused_optimizer", "the optimizer is fused on GPUs by itself"),
 )
-# DeepSpeed's own sections that mean the same under run.yaml's deepspeed: key.
-PASSED = ("wall_clock_breakdown", "dump_state", "tensorboard", "csv_monitor", "flops_profiler", "comms_logger",
-          "activation_checkpointing")  # fmt: skip
 NORM_KEYWORDS = {"bias", "[a-zA-Z]*norm"}
 SCHEDULES = {"WarmupCosineLR": "cosine", "WarmupDecayLR": "linear", "WarmupLR": "constant"}
-_MISSING = object()
-
-
-class Old:
-    """The old mapping, consumed key by key."""
-
-    def __init__(self, raw: Dict[str, Any], where: str) -> None:
-        self.raw = raw
-        self.where = where
-        self.taken = set()  # type: set
-        self.notes = []  # type: List[Dict[str, str]]
-
-    def take(self, path: str, default: Any = None) -> Any:
-        """The value at a dotted path; marks it (and all below it) as carried over."""
-        self.taken.add(path)
-        node = self.raw  # type: Any
-        for name in path.split("."):
-            node = node.get(name, _MISSING) if isinstance(node, dict) else _MISSING
-            if node is _MISSING:
-                return default
-        return default if node is None else node
-
-    def need(self, path: str, kind: type) -> Any:
-        value = self.take(path)
-        if not isinstance(value, kind):
-            raise UserError(
-                "%s: %s: expected %s, got %r; is this a gdGPT training config?" % (self.where, path, kind.__name__, value)
-            )
-        return value
-
-    def number(self, path: str, default: float) -> float:
-        value = self.take(path, default)
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            raise UserError("%s: %s: expected a number, got %r" % (self.where, path, value)) from None
-
-    def note(self, key: str, text: str) -> None:
-        self.notes.append({"key": key, "note": text})
-
-    def left(self) -> List[str]:
-        """Dotted paths of the leaves that nobody took."""
-        return [p for p in _leaves(self.raw, "") if not any(p == t or p.startswith(t + ".") for t in self.taken)]
 
 
 def migrate(text: str, where: str = "ds_config_pp.yml") -> Tuple[str, List[Dict[str, str]], List[str]]:
@@ -94,16 +49,14 @@ def migrate(text: str, where: str = "ds_config_pp.yml") -> Tuple[str, List[Dict[
         "parallel": parallel,
         "batch": _batch(old, parallel["data"]),
         "optim": _optim(old),
-        "train": {"epochs": int(old.number("n_epoches", 1)), "log_every": int(old.number("steps_per_print", 10))},
+        "train": {"epochs": _epochs(old), "log_every": int(old.number("steps_per_print", 10))},
     }  # type: Dict[str, Any]  # fmt: skip
     old.note("data.pack", "false keeps gdGPT's one padded sample per row; true is several times faster on short samples, "
              "and batch.global then counts full rows")  # fmt: skip
     for path, why in REPLACED:
-        if old.take(path, _MISSING) is not _MISSING:
+        if old.take(path, MISSING) is not MISSING:
             old.note(path, why)
-    zero = old.take("zero_optimization", {})
-    passed = {"zero_optimization": _zero(old, zero, parallel)} if zero else {}
-    passed.update({key: old.take(key) for key in PASSED if key in raw})
+    passed = deepspeed_section(old, parallel)
     if passed:
         new["deepspeed"] = passed
     run_config.parse(new, where)  # what we write must load
@@ -132,10 +85,19 @@ def _parallel(old: Old) -> Dict[str, Any]:
     return out
 
 
+def _epochs(old: Old) -> int:
+    epochs = old.number("n_epoches", 1)
+    if epochs != int(epochs):
+        old.note("n_epoches", "%g became %d; train.max_steps ends a run within an epoch" % (epochs, int(epochs)))
+    return int(epochs)
+
+
 def _model(old: Old) -> Dict[str, Any]:
     scratch = bool(old.take("from_scratch", False))
     fp16, bf16 = old.take("fp16.enabled", False), old.take("bf16.enabled", False)
     dtype = "fp16" if fp16 else "bf16" if bf16 else "fp32"
+    if fp16 and bf16:
+        old.note("bf16.enabled", "fp16.enabled is true as well, and became model.dtype: fp16; write bf16 if you meant that")
     path = old.need("model_path", str)
     old.note("model_path", "gdGPT's converted pipeline weights are not read: point model.path at the Hugging Face "
                            "folder or hub name they came from")  # fmt: skip
@@ -150,6 +112,9 @@ def _batch(old: Old, data: int) -> Dict[str, int]:
         if value is not None and (not isinstance(value, int) or value < 1):
             raise UserError("%s: %s: expected a positive integer, got %r" % (old.where, key, value))
     micro = micro or (total // (steps * data) if total and steps else 1)
+    if total and steps and total != micro * data * steps:
+        old.note("gradient_accumulation_steps", "%d contradicts %d rows a step of micro-batches of %d on %d replicas: left out, "
+                 "train_batch_size holds" % (steps, total, micro, data))  # fmt: skip
     return {"micro": micro, "global": total or micro * data * (steps or 1)}
 
 
@@ -208,23 +173,3 @@ def _schedule(old: Old, lr: float) -> Dict[str, Any]:
         old.note("scheduler.params.warmup_max_lr", "optimizer.params.lr is the rate after warmup")
     old.taken.add("scheduler.params.total_num_steps")  # computed from epochs, there as here
     return out
-
-
-def _zero(old: Old, zero: Dict[str, Any], parallel: Dict[str, Any]) -> Dict[str, Any]:
-    if not isinstance(zero, dict):
-        raise UserError("%s: zero_optimization: expected a section, got %r" % (old.where, zero))
-    rest = dict(zero)
-    offload = rest.pop("offload_optimizer", None)
-    if isinstance(offload, dict) and offload.get("device", "none") != "none":
-        if offload["device"] != "cpu":
-            old.note("zero_optimization.offload_optimizer.device", "%s became cpu memory" % offload["device"])
-        parallel["offload"] = True
-    if "offload_param" in rest:
-        old.note("zero_optimization.offload_param", "kept, without effect: DeepSpeed applies it in stage 3 only")
-    return rest
-
-
-def _leaves(node: Any, prefix: str) -> List[str]:
-    if not isinstance(node, dict) or not node:
-        return [prefix] if prefix else []
-    return [leaf for key, value in node.items() for leaf in _leaves(value, "%s.%s" % (prefix, key) if prefix else str(key))]

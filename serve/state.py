@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from pipeline_train.errors import RunFailed
+from pipeline_train.errors import RunFailed, UserError
 
 from .reach import curl_lines, tail
 
@@ -61,10 +61,14 @@ class Running:
 
 
 def folder() -> Path:
-    """Created, and readable by its owner only."""
+    """Created, and readable by its owner only. Raises UserError where it cannot be."""
     base = os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     path = Path(base) / "pipedock" / "serve"
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise UserError("%s: cannot be made: %s. What serve has started is noted there; name a folder of yours with "
+                        "XDG_RUNTIME_DIR" % (path, error.strerror)) from None  # fmt: skip
     return path
 
 

@@ -40,6 +40,24 @@ serve:    {engine: tgi, version: "3.3", shards: 2, port: 8082}
     assert made.optim.lr == 1e-5 and made.micro_batches == 64 and made.serve.shards == 2
 
 
+def test_numbers_that_yaml_takes_for_text_in_deepspeeds_own_sections():
+    text = "{reduce_bucket_size: 5e8, allgather_bucket_size: 1.5e1, overlap_comm: true, tag: 5e, more: [1e3]}"
+    raw = yaml.safe_load(
+        "{run: {out: o}, model: {path: m}, data: {train: t}, parallel: {pipe: 1}, deepspeed: {zero_optimization: %s, a: 2.5e-1}}"
+        % text
+    )
+    assert config.parse(raw).deepspeed == {
+        "zero_optimization": {
+            "reduce_bucket_size": 500000000,
+            "allgather_bucket_size": 15,
+            "overlap_comm": True,
+            "tag": "5e",
+            "more": ["1e3"],
+        },
+        "a": 0.25,
+    }
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from pipedock import main
-from pipeline_train import config
+from pipeline_train import config, deepspeed_keys
 from pipeline_train.errors import UserError
 from pipeline_train.migrate import migrate
 
@@ -121,6 +121,30 @@ def test_other_inputs_become_the_nearest_thing():
     assert (new.parallel.pipe, new.parallel.data, new.parallel.axes, new.parallel.parts) == (4, 2, ["data", "pipe"], "auto")
     assert (new.optim.schedule, new.optim.warmup, new.deepspeed) == ("constant", 1000, {"wall_clock_breakdown": True})
     assert {"model_topo.parts", "fp16.loss_scale", "scheduler.params.warmup_max_lr"} <= {n["key"] for n in notes}
+
+
+def test_what_train_would_refuse_is_changed_or_left_out_with_a_note():
+    zero = {"stage": 0, "reduce_bucket_size": "5e8", "cpu_offload": True, "round_robin_gradients": True, "overlap_com": True}
+    text, notes, lost = migrate(change(zero_optimization=zero, activation_checkpointing={"cpu_checkpointing": True}))
+    new = config.parse(yaml.safe_load(text))
+    assert new.parallel.offload and new.deepspeed == {"zero_optimization": {"stage": 1, "reduce_bucket_size": 500000000}}
+    deepspeed_keys.check(new.deepspeed, "run.yaml", lambda line: None)
+    said = {n["key"]: n["note"] for n in notes}
+    assert said["zero_optimization.cpu_offload"] == "became parallel.offload" and lost == []
+    assert said["zero_optimization.stage"].startswith("0 became 1: a pipeline at 0 clips every stage")
+    assert said["zero_optimization.round_robin_gradients"].startswith("left out: deals the gradients out in another order")
+    assert said["zero_optimization.overlap_com"] == 'left out: is not passed on to DeepSpeed; did you mean "overlap_comm"?'
+    assert "parallel.recompute" in said["activation_checkpointing"]
+
+
+def test_what_contradicts_itself_is_told():
+    text, notes, _ = migrate(change(gradient_accumulation_steps=4, n_epoches=2.5, bf16={"enabled": True}))
+    new, said = config.parse(yaml.safe_load(text)), {n["key"]: n["note"] for n in notes}
+    assert (new.micro_batches, new.train.epochs, new.model.dtype) == (32, 2, "fp16")
+    assert said["gradient_accumulation_steps"] == ("4 contradicts 128 rows a step of micro-batches of 2 on 2 replicas: left out, "
+                                                   "train_batch_size holds")  # fmt: skip
+    assert said["n_epoches"].startswith("2.5 became 2; train.max_steps") and said["bf16.enabled"].startswith("fp16.enabled is true")
+    assert not {"gradient_accumulation_steps", "n_epoches", "bf16.enabled"} & {n["key"] for n in migrate(json.dumps(OLD))[1]}
 
 
 def test_verb_writes_once_and_lists(tmp_path, capfd):

@@ -236,6 +236,16 @@ def running(port, pid):
     return state.Running(pid, state.birth(pid), port, "http://127.0.0.1:%d" % port, "m", "embedded", "log")
 
 
+def test_a_state_folder_that_cannot_be_made(tmp_path, monkeypatch, capfd):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "file"))
+    assert pipedock.main(["serve", "--status"]) == 2
+    assert capfd.readouterr().err.splitlines() == [
+        "pipedock serve: %s/file/pipedock/serve: cannot be made: Not a directory. What serve has started is noted there; name a "
+        "folder of yours with XDG_RUNTIME_DIR" % tmp_path
+    ]
+
+
 def test_state_of_a_living_a_dead_and_another_process():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:

@@ -40,3 +40,16 @@ def test_the_time_left_is_told_by_the_steps_behind_the_first(tmp_path, monkeypat
         now[0] += seconds
         found._show(number, 1.0, SimpleNamespace(tokens=1, learnt_tokens=1, epoch=0), None)
     assert [one["eta_s"] for one in told] == [None, 2.0 * 4, 3.0 * 3]
+
+
+def test_a_checkpoint_goes_on_while_the_run_is_evaluated(tmp_path):
+    """An hour's evaluation behind a save: it must not lie unfinished until the next step's end."""
+    written, left = [], [[], [{"step": 8, "path": "checkpoints/step_000008"}], []]
+    found = made(tmp_path, False, written)
+    found.pipe.evaluate = lambda batches, tokens: 2.0
+    feed = SimpleNamespace(steps_per_epoch=3, at=lambda step: SimpleNamespace(learnt_tokens=step + 1))
+    found._mine = lambda rows: iter(())
+    found.saver = SimpleNamespace(poll=lambda: left.pop(0))
+    found._evaluate(8, feed)
+    assert written == [{"kind": "save", "step": 8, "path": "checkpoints/step_000008"},
+                       {"kind": "eval", "step": 8, "loss": 2.0, "tokens": 6}]  # fmt: skip

@@ -189,7 +189,9 @@ def test_an_out_folder_that_cannot_be_made(start, tmp_path):
 
 def test_deepspeed_keys_that_only_change_speed_pass(start):
     zero = {"stage": 1, "reduce_bucket_size": 5e8, "overlap_comm": False, "offload_param": {"device": "cpu"}}
-    start(deepspeed={"zero_optimization": zero, "wall_clock_breakdown": True, "communication_data_type": "fp32"})
+    start(deepspeed={"zero_optimization": zero, "wall_clock_breakdown": True, "communication_data_type": "fp32",
+                     "activation_checkpointing": {"cpu_checkpointing": True}})  # fmt: skip
+    assert "deepspeed.activation_checkpointing: has no effect; parallel.recompute says what is computed again" in start.said
     assert "deepspeed.zero_optimization.offload_param: has no effect below stage 3" in start.said
 
 
