@@ -118,6 +118,7 @@ class _Part:
 
     def done(self, tally: Tally, error: Optional[UserError]) -> Encoded:
         ids, learn = np.array(self.ids, np.int32), np.array(self.learn, np.bool_)
+        self.counts.update({"unused.%s" % key: number for key, number in tally.unused.items()})
         self.counts.update(records=tally.records, bad=tally.bad, blank_inputs=tally.blank_inputs, learnt_tokens=int(learn.sum()))
         # A learnt end token with a learnt token behind it stands inside an answer or a text.
         stops: Any = np.isin(ids[:-1], self.codec.stop_ids) & learn[:-1] & learn[1:]

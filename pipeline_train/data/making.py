@@ -20,7 +20,7 @@ from .journal import Journal
 from .progress import Progress, Say
 from .totals import Totals
 
-VERSION = 1  # of what is made of the same records by the same tokenizer: part of the key and of the data hash
+VERSION = 2  # of what is made of the same records by the same tokenizer: part of the key and of the data hash
 PIECE = 1 << 20  # bytes hashed at once
 
 

@@ -7,6 +7,8 @@ Seven shapes, mixed freely in one file:
     {"type": "conversation", "rounds": [["ask" | "ans", text]]}   OpenAI    {"messages": [{"role", "content"}]}
     {"type": "ref_qa", "reference", "rounds"}
 
+"system" may stand in all but pretrain and instruct, and "history": [[question, answer]] in alpaca.
+
 Files: .jsonl and .ndjson (streamed), .json (a list, or objects one after another), .json5 and .jsonc (package json5), .parquet
 (package pyarrow).
 """
@@ -18,7 +20,7 @@ from typing import Any, Dict, Iterator, List, Optional, Union
 
 from ..errors import UserError
 from .files import Block, blocks, values
-from .shapes import BadRecord, recognise
+from .shapes import BadRecord, recognise, unused
 
 SHOWN = 20  # bad lines spelled out in one message
 
@@ -43,7 +45,8 @@ class Record:
 
 
 class Tally:
-    """What was found in one file: ``records`` good ones, ``bad`` ones with the first messages, ``blank_inputs`` for one warning."""
+    """What was found in one file: ``records`` good ones, ``bad`` ones with the first messages, ``blank_inputs`` for one warning,
+    ``unused`` for another: key -> records."""
 
     def __init__(self, path: Union[str, Path], on_bad: str = "fail") -> None:
         self.path = str(path)
@@ -52,6 +55,7 @@ class Tally:
         self.bad = 0
         self.messages: List[str] = []
         self.blank_inputs = 0
+        self.unused: Dict[str, int] = {}
 
     def add_bad(self, place: str, message: str) -> None:
         """``place``: as in data.files."""
@@ -59,6 +63,11 @@ class Tally:
         if len(self.messages) < SHOWN:
             line = "%s%s: %s" % (self.path, place, message)
             self.messages.append(line.encode("utf-8", "backslashreplace").decode("utf-8"))  # half a surrogate pair can be in it
+
+    def count_unused(self, key: str) -> None:
+        key = key[:40] if key.isprintable() else ascii(key)[:40]
+        if key in self.unused or len(self.unused) < SHOWN:
+            self.unused[key] = self.unused.get(key, 0) + 1
 
     def finish(self) -> None:
         """Raises UserError when bad lines are not to be skipped, or when nothing is left."""
@@ -100,4 +109,6 @@ def checked(path: Path, block: Block, tally: Tally) -> Iterator[Record]:
             fields["input"] = None
             tally.blank_inputs += 1
         tally.records += 1
+        for key in unused(value):
+            tally.count_unused(key)
         yield Record(kind, fields, tally.path + place)

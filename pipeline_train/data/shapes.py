@@ -25,9 +25,10 @@ class Instruct(msgspec.Struct):
 
 class Rounds(msgspec.Struct):
     rounds: List[Tuple[Literal["ask", "ans"], str]]
+    system: Optional[str] = None
 
 
-class RefQa(Rounds):
+class RefQa(Rounds, kw_only=True):
     reference: str
 
 
@@ -35,6 +36,8 @@ class Alpaca(msgspec.Struct):
     instruction: str
     output: str
     input: Optional[str] = None
+    system: Optional[str] = None
+    history: Optional[List[Tuple[str, str]]] = None  # earlier questions with their answers
 
 
 class Part(msgspec.Struct):
@@ -45,28 +48,35 @@ class Part(msgspec.Struct):
 class Message(msgspec.Struct):
     role: str
     content: Union[str, List[Part]]
+    weight: Optional[float] = None
 
 
 class Said(msgspec.Struct):
     role: str = msgspec.field(name="from")
     content: str = msgspec.field(name="value")
+    weight: Optional[float] = None
 
 
 class Chat(msgspec.Struct):
     messages: List[Message]
+    system: Optional[str] = None
 
 
 class ShareGpt(msgspec.Struct):
     conversations: List[Said]
+    system: Optional[str] = None
 
 
 class ShareGptRoles(msgspec.Struct):
     conversations: List[Message]
+    system: Optional[str] = None
 
 
 STRUCTS = {"pretrain": Pretrain, "instruct": Instruct, "conversation": Rounds, "ref_qa": RefQa}
 ROLES = {"user": "ask", "human": "ask", "assistant": "ans", "gpt": "ans", "chatgpt": "ans", "bing": "ans", "bard": "ans"}
 PAIR = '["ask", text] or ["ans", text]'
+SAID = ("role", "content", "from", "value", "weight")
+EMPTY: Tuple[Any, ...] = (None, "", [], {})
 NAMES = {"str": "text", "int": "a number", "float": "a number", "null": "null", "bool": "true or false", "array": "a list",
          "object": "an object"}  # fmt: skip
 
@@ -82,11 +92,8 @@ def recognise(value: Any) -> Tuple[str, Dict[str, Any]]:
         if "rounds" in fields:
             fields["rounds"] = [(who, text) for who, text in fields["rounds"]]
             _check_rounds([("rounds[%d]" % i, who, text) for i, (who, text) in enumerate(fields["rounds"])], "rounds")
-            fields.setdefault("system", None)
     elif "instruction" in value:
-        alpaca = _convert(value, Alpaca)
-        kind, fields = "instruct", {"instruct": alpaca.instruction, "input": alpaca.input, "output": alpaca.output}
-        _check_text("instruction", alpaca.instruction)
+        kind, fields = _alpaca(_convert(value, Alpaca))
     elif "messages" in value or "conversations" in value:
         kind, fields = "conversation", _chat(value)
     else:
@@ -97,18 +104,52 @@ def recognise(value: Any) -> Tuple[str, Dict[str, Any]]:
     return kind, fields
 
 
+def unused(value: Dict[str, Any]) -> List[str]:
+    """The keys of a good record that nothing is made of, as far as something stands there; ``messages[].name``: of its messages."""
+    kind = value.get("type")
+    if isinstance(kind, str) and kind in STRUCTS:
+        known: Tuple[str, ...] = ("type",) + STRUCTS[kind].__struct_encode_fields__
+    else:
+        known = (Alpaca if "instruction" in value else Chat if "messages" in value else ShareGpt).__struct_encode_fields__
+    found = [key for key, there in value.items() if key not in known and there not in EMPTY]
+    for key in ("messages", "conversations"):
+        if key in known:
+            inside = {name for message in value[key] for name, there in message.items() if name not in SAID and there not in EMPTY}
+            found += ["%s[].%s" % (key, name) for name in sorted(inside)]
+    return found
+
+
+def _alpaca(record: Alpaca) -> Tuple[str, Dict[str, Any]]:
+    """With a system text or a history it is a conversation, whose last question has the input behind it."""
+    _check_text("instruction", record.instruction)
+    if not record.system and not record.history:
+        return "instruct", {"instruct": record.instruction, "input": record.input, "output": record.output}
+    _check_text("output", record.output, blank=True)
+    rounds = [said for ask, ans in record.history or [] for said in (("ask", ask), ("ans", ans))]
+    if rounds:
+        _check_rounds([("history[%d]" % (i // 2), who, text) for i, (who, text) in enumerate(rounds)], "history")
+    ask = record.instruction
+    if record.input is not None and record.input.strip():
+        _check_text("input", record.input)
+        ask += "\n" + record.input
+    rounds += [("ask", ask), ("ans", record.output)]
+    return "conversation", {"rounds": rounds, "system": record.system}
+
+
 def _chat(value: Dict[str, Any]) -> Dict[str, Any]:
     """ShareGPT and OpenAI messages -> rounds and system."""
     key = "messages" if "messages" in value else "conversations"
     said = value[key]
     plain = isinstance(said, list) and any(isinstance(s, dict) and "role" in s for s in said)
-    messages = getattr(_convert(value, Chat if key == "messages" else ShareGptRoles if plain else ShareGpt), key)
-    rounds, system = [], None
+    chat = _convert(value, Chat if key == "messages" else ShareGptRoles if plain else ShareGpt)
+    messages, system = getattr(chat, key), chat.system
+    rounds = []
     for i, message in enumerate(messages):
         place = "%s[%d]" % (key, i)
-        text = message.content
-        if not isinstance(text, str):
-            text = "".join(part.text for part in text)
+        said = message.content
+        text = said if isinstance(said, str) else "".join(part.text for part in said)
+        if message.weight == 0 and ROLES.get(message.role) == "ans":
+            raise BadRecord("%s.weight: expected 1 or none, got 0; every answer of a record is learnt" % place)
         if message.role in ("system", "developer") and i == 0:
             system = text
         elif message.role in ROLES:

@@ -11,6 +11,7 @@ from .block_encoder import LOST_SHOWN, Encoded
 from .records import SHOWN, listing
 
 COUNTED = ("truncated", "dropped", "continued", "nothing_to_learn")
+UNUSED_SHOWN = 8
 MOST = {"bad": SHOWN, "too_long": SHOWN, "lost": LOST_SHOWN}
 
 
@@ -112,6 +113,11 @@ def _warnings(counts: Dict[str, int], lost: List[str], path: str, seq_len: int) 
     found = []
     if counts["blank_inputs"]:
         found.append('%s: "input": "" counts as no input (%d records)' % (path, counts["blank_inputs"]))
+    unused = sorted((-n, name[len("unused.") :]) for name, n in counts.items() if name.startswith("unused."))
+    if unused:
+        named = ", ".join("%s (%d records)" % (key, -n) for n, key in unused[:UNUSED_SHOWN])
+        more = ", and %d more" % (len(unused) - UNUSED_SHOWN) if len(unused) > UNUSED_SHOWN else ""
+        found.append("%s: nothing is made of these keys: %s%s" % (path, named, more))
     if lost:
         more = ", and %d more" % (counts["lost"] - len(lost)) if counts["lost"] > len(lost) else ""
         found.append(

@@ -300,6 +300,11 @@ def test_warnings_once_for_the_file(tmp_path, codec, monkeypatch):
         "%s: 1 learnt texts hold an end token of the model in their middle; it would learn to stop there" % (tmp_path / "d.jsonl"),
     ]
     assert encode(tmp_path, codec, [SHORT])["warnings"] == ["about the tokenizer"]
+    some = [dict(SHORT, lang="en", source=1), dict(SHORT, source=2)] + [dict(SHORT, **{"k%d" % n: 1}) for n in range(7)]
+    assert encode(tmp_path, codec, some)["warnings"][1:] == [
+        "%s: nothing is made of these keys: source (2 records), k0 (1 records), k1 (1 records), k2 (1 records), k3 (1 records), "
+        "k4 (1 records), k5 (1 records), k6 (1 records), and 1 more" % (tmp_path / "d.jsonl")
+    ]
 
 
 def test_opening_what_is_not_there_or_was_encoded_otherwise(tmp_path, codec):

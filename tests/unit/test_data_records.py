@@ -196,6 +196,50 @@ def test_blank_inputs_count_as_absent_once_for_the_file(tmp_path):
     assert tally.blank_inputs == 4
 
 
+@pytest.mark.parametrize("record", [
+    dict(CONVERSATION, system="be kind"), {"conversations": SHAREGPT["conversations"][1:], "system": "be kind"},
+    dict(OPENAI, system="be kind"), {"instruction": "a", "input": " ", "output": "b", "system": "be kind"},
+    dict(REF_QA, system="be kind"), dict(SHAREGPT, system="what the first message says holds"),
+])  # fmt: skip
+def test_a_system_text_beside_the_messages(tmp_path, record):
+    found = list(read(write(tmp_path, lines(record))))
+    assert found[0].fields["system"] == "be kind" and found[0].fields["rounds"][0][0] == "ask"
+
+
+def test_an_alpaca_record_with_a_history_is_a_conversation(tmp_path):
+    path = write(tmp_path, lines(dict(ALPACA, history=[["one", "1"], ["two", ""]]), dict(ALPACA, history=[], system="")))
+    found = list(read(path))
+    assert (found[0].kind, found[0].fields["system"]) == ("conversation", None)
+    assert found[0].fields["rounds"] == [("ask", "one"), ("ans", "1"), ("ask", "two"), ("ans", ""),
+                                         ("ask", "name one\nfruit"), ("ans", "pear")]  # fmt: skip
+    assert found[1].kind == "instruct"
+
+
+@pytest.mark.parametrize("record, message", [
+    (dict(ALPACA, history=[["one"]]), "history[0]"),
+    (dict(ALPACA, history=[[" ", "1"]]), "history[0]: expected text, got only blanks"),
+    (dict(ALPACA, system="s", instruction=" "), "instruction: expected text, got only blanks"),
+    ({"messages": [dict(OPENAI["messages"][0]), dict(OPENAI["messages"][1], weight=0)]},
+     "messages[1].weight: expected 1 or none, got 0; every answer of a record is learnt"),
+    ({"conversations": [SHAREGPT["conversations"][1], dict(SHAREGPT["conversations"][2], weight=0)]},
+     "conversations[1].weight: expected 1 or none, got 0"),
+])  # fmt: skip
+def test_histories_and_weights_that_cannot_be_learnt_from(tmp_path, record, message):
+    assert message in refused(write(tmp_path, lines(record)))
+
+
+def test_keys_that_nothing_is_made_of_are_counted(tmp_path):
+    said = [dict(OPENAI["messages"][0], name="Ann"), dict(OPENAI["messages"][1], weight=1, reasoning_content="hm")]
+    values = [{"messages": said, "tools": [{"x": 1}], "functions": []}, dict(CONVERSATION, tools="t", id=None, n=0), ALPACA,
+              {"type": [], "conversations": SHAREGPT["conversations"]}, dict(PRETRAIN, **{"a\n": 1, "x" * 50: 3})]  # fmt: skip
+    tally = Tally("d")
+    assert len(list(read(write(tmp_path, lines(*values)), tally=tally))) == 5
+    assert tally.unused == {"messages[].name": 1, "messages[].reasoning_content": 1, "tools": 2, "n": 1, "id": 1,
+                            "'a\\n'": 1, "x" * 40: 1}  # fmt: skip
+    list(read(write(tmp_path, lines(*[dict(PRETRAIN, **{"k%d" % n: 1}) for n in range(50)])), tally=tally))
+    assert len(tally.unused) == 20
+
+
 @pytest.mark.parametrize(
     "name, text, message",
     [
