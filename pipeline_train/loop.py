@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import resource
 import sys
 import time
@@ -18,9 +17,10 @@ from .engine import MicroBatch, Pipeline, StepResult
 from .errors import RunFailed
 from .instructions import NotFinite
 from .loss_scale import OverflowLimit
-from .metrics import Metrics
+from .metrics import Metrics, evaluated
 from .optimizer import learning_rate
 from .plan.cards import peak_flops
+from .window import Window
 
 Report = Callable[[Dict[str, Any]], None]  # a progress message, on its way to the terminal
 
@@ -47,28 +47,6 @@ def against_plan(out: Path, measured: List[float]) -> Dict[str, List[float]]:
     """Fields of a line of kind "memory": GiB per stage, ``measured`` and as prepare has planned them."""
     planned = json.loads((out / "resolved" / "plan.json").read_text(encoding="utf-8"))["gib"]
     return {"mem_gib": [round(m, 4) for m in measured], "planned_gib": [stage["total"] for stage in planned]}
-
-
-class Window:
-    """Sums over the steps since the last logged line."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.steps = self.tokens = self.learnt = self.samples = self.pairs = self.skipped = self.finite = 0
-        self.loss = self.busy = self.span = 0.0
-
-    def add(self, result: StepResult, rows: StepRows) -> None:
-        self.steps += 1
-        if math.isfinite(result.loss):  # in fp16 a forward pass may overflow too
-            self.finite += 1
-            self.loss += result.loss
-        self.tokens += rows.tokens
-        self.learnt += rows.learnt_tokens
-        self.samples += len(rows.samples)
-        self.skipped += int(result.skipped)
-        self.busy += result.busy
-        self.span += result.span
-        self.pairs += int((rows.positions + 1)[rows.segments > 0].sum())  # a token attends to its position + 1 keys
 
 
 class Loop:
@@ -102,10 +80,13 @@ class Loop:
         self.saver = checkpoint.Saver(pipe, out, facts)
 
     def run(self, done: int) -> Dict[str, Any]:
-        """-> the summary that ends the run (rank 0's; the same numbers on every rank), after a stop that was wished for too.
-        Raises RunFailed on a loss or a gradient that is not a number, on every rank at once."""
+        """-> the summary that ends the run (rank 0's; the same numbers on every rank), after a stop that was wished for too; its
+        losses are None where ``done`` is all. Raises RunFailed on a loss or a gradient that is not a number, on every rank at once."""
         began, window = time.perf_counter(), Window()
+        missing = self._evaluation_missing(done)
         self._write("start", step=done, total_steps=self.total)
+        if missing and self.eval_feed is not None:
+            self._evaluate(done, self.eval_feed)
         for step in range(done, self.total):
             self.pulse.tick("reading the step's rows")
             rows = self.feed.at(step)
@@ -174,6 +155,13 @@ class Loop:
 
     def _due(self, number: int, every: Optional[int]) -> bool:
         return number == self.total or (every is not None and number % every == 0)
+
+    def _evaluation_missing(self, done: int) -> bool:
+        """Whether an earlier start ended between the step ``done``, its save, and its evaluation. Rank 0 knows."""
+        missing = [done > 0 and self._due(done, self.config.train.eval_every) and not evaluated(self.out / "metrics.jsonl", done)]
+        if self.eval_feed is not None:
+            dist.broadcast_object_list(missing, src=0)
+        return missing[0]
 
     def _mine(self, rows: StepRows) -> Iterator[MicroBatch]:
         return micro_batches(rows, self.config.batch.micro, self.pipe.data_rank, self.config.parallel.data)
@@ -244,7 +232,8 @@ class Loop:
 
     def _summary(self, number: int, seconds: float) -> Dict[str, Any]:
         return {
-            "steps": number, "loss_first": self.losses[0], "loss_last": self.losses[-1], "seconds": round(seconds, 3),
+            "steps": number, "loss_first": self.losses[0] if self.losses else None,
+            "loss_last": self.losses[-1] if self.losses else None, "seconds": round(seconds, 3),
             "tokens": self.tokens, "peak_gib": [round(m, 4) for m in self.memory],
             "checkpoint": str(checkpoint.folder(self.out, number)),
         }  # fmt: skip

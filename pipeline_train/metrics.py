@@ -70,3 +70,13 @@ def read(path: Path) -> List[Dict[str, Any]]:
     """Every whole line, in file order."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def evaluated(path: Path, step: int) -> bool:
+    """Whether a line of kind "eval" tells of this step, and no later start has made it void."""
+    found = False
+    for line in read(path) if path.exists() else []:
+        if line["kind"] == "start" and line["step"] < step:
+            found = False
+        found = found or (line["kind"] == "eval" and line["step"] == step)
+    return found

@@ -17,6 +17,7 @@ from . import (
     families,
     hostfile,
     manifest,
+    metrics,
     nodes,
     plan,
     resolved,
@@ -47,6 +48,12 @@ class Prepared(NamedTuple):
     total: int
     resume: Optional[Path]
     done: int
+
+    @property
+    def ended_before_evaluation(self) -> bool:
+        """Nothing is left to train, but the evaluation behind the last step was cut off."""
+        last = self.done == self.total and self.config.data.eval is not None
+        return last and not metrics.evaluated(self.out / "metrics.jsonl", self.done)
 
 
 def prepare(

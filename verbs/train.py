@@ -65,7 +65,8 @@ def _train(loaded: Any, args: argparse.Namespace, party: Any, host: Any) -> Dict
     prepared = prepare(loaded, Path(args.config), args.resume, say, args.allow_changed_data, party, host)
     exporting.check_model(loaded.export, prepared.dims, prepared.config.model.dtype, leads)
     out = str(prepared.out)
-    if prepared.done >= prepared.total:
+    again = party is None and prepared.ended_before_evaluation
+    if prepared.done >= prepared.total and not again:
         end = "step %d of %d" % (prepared.done, prepared.total)
         if prepared.done > prepared.total:
             end = "step %d; by run.yaml it would end at step %d now" % (prepared.done, prepared.total)
@@ -80,8 +81,11 @@ def _train(loaded: Any, args: argparse.Namespace, party: Any, host: Any) -> Dict
         selftest_run.once(prepared, say, party.place.node, party.channel.check)
     parallel, how = prepared.config.parallel, prepared.config.run
     dtype = prepared.config.model.dtype + (", fp8 products" if how.fp8 else "") + (", compiled" if how.compile else "")
-    say("%s: steps %d to %d, %d stages x %d replicas, layers per stage %s, %s on %s" % (
-        out, prepared.done + 1, prepared.total, parallel.pipe, parallel.data, parallel.parts, dtype,
+    work = "steps %d to %d" % (prepared.done + 1, prepared.total)
+    if again:
+        work = "the evaluation after step %d, which was cut off" % prepared.done
+    say("%s: %s, %d stages x %d replicas, layers per stage %s, %s on %s" % (
+        out, work, parallel.pipe, parallel.data, parallel.parts, dtype,
         "%d GPUs" % (parallel.pipe * parallel.data) if prepared.gpus else "CPU",
     ))  # fmt: skip
     if not leads:
@@ -92,7 +96,10 @@ def _train(loaded: Any, args: argparse.Namespace, party: Any, host: Any) -> Dict
     keeper = Keeper(prepared.out, prepared.done, say)
     with exporting.nothing_half_done(prepared.config.export):
         summary = _launch(prepared, party, keeper)
-        say("peak memory per stage: %s GiB" % ", ".join("%.2f" % gib for gib in summary["peak_gib"]))
+        if again:
+            summary["finished"] = True
+        else:
+            say("peak memory per stage: %s GiB" % ", ".join("%.2f" % gib for gib in summary["peak_gib"]))
         say("report: %s" % (prepared.out / "report.html"))
         try:
             return dict(summary, out=out, **_export(prepared, party, True, summary.pop("finish", None)))

@@ -104,8 +104,9 @@ def test_checkpoints_read_back_strictly(root):
     assert set(state) == {"%s::%s" % (name, moment) for name in source.layer(2) for moment in ("exp_avg", "exp_avg_sq")}
 
 
-def resumed(root, name, *arguments):
-    """Copy the run as if it had died after its first kept checkpoint, at an epoch's end, resume it, -> its folder."""
+def resumed(root, name, *arguments, without=lambda line: False):
+    """Copy the run as if it had died after its first kept checkpoint, at an epoch's end, and some lines of its metrics had never
+    been written; resume it, -> its folder."""
     out = root / name
     shutil.copytree(str(root / "out"), str(out))
     first, *others = saved(out)
@@ -114,7 +115,7 @@ def resumed(root, name, *arguments):
         shutil.rmtree(str(other))
     (out / "checkpoints" / "latest").write_text(first.name + "\n")
     lines = (out / "metrics.jsonl").read_text().splitlines(True)
-    kept = [line for line in lines if json.loads(line)["step"] <= 2 * EPOCH]
+    kept = [line for line in lines if json.loads(line)["step"] <= 2 * EPOCH and not without(json.loads(line))]
     (out / "metrics.jsonl").write_text("".join(kept) + '{"step": 9, "lo')  # a torn tail
     done = train(root, "--set", "run.out=%s" % out, "--resume", *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -142,6 +143,25 @@ def test_a_finished_run_resumes_to_exit_0(root):
     done = train(root, "--resume", "auto", "--json")
     assert done.returncode == 0 and "finished already" in done.stderr
     assert json.loads(done.stdout)["finished"] is True
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(root):
+    """Killed between the last save and the end of the last evaluation; then before step 12's, which a resume goes on from."""
+    wanted = lines_of(root / "out", "eval")
+    out = root / "cut"
+    shutil.copytree(str(root / "out"), str(out))
+    lines = (out / "metrics.jsonl").read_text().splitlines(True)
+    (out / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] < TOTAL or '"eval"' not in line))
+    assert TOTAL not in lines_of(out, "eval")
+    done = train(root, "--set", "run.out=%s" % out, "--resume", "--json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "the evaluation after step %d, which was cut off" % TOTAL in done.stderr and "peak memory" not in done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["finished"] and answer["loss_last"] is None and answer["checkpoint"].endswith("step_%06d" % TOTAL)
+    assert lines_of(out, "eval")[TOTAL]["loss"] == wanted[TOTAL]["loss"]
+    assert "finished already" in train(root, "--set", "run.out=%s" % out, "--resume").stderr
+    out = resumed(root, "between", without=lambda line: line["kind"] == "eval" and line["step"] == 2 * EPOCH)
+    assert {step: line["loss"] for step, line in lines_of(out, "eval").items()} == {s: line["loss"] for s, line in wanted.items()}
 
 
 def test_the_stack_check_and_the_printed_config(root):
