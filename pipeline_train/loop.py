@@ -81,7 +81,7 @@ class Loop:
 
     def run(self, done: int) -> Dict[str, Any]:
         """-> the summary that ends the run (rank 0's; the same numbers on every rank), after a stop that was wished for too; its
-        losses are None where ``done`` is all. Raises RunFailed on a loss or gradient that is not a number, on every rank at once."""
+        losses are None where ``done`` is all. Raises RunFailed on a loss or gradient that is no number, on every rank at once."""
         began, window = time.perf_counter(), Window()
         missing = self._evaluation_missing(done)
         self._write("start", step=done, total_steps=self.total)
