@@ -57,6 +57,7 @@ def bench(
     ``flags``: of the server. Raises UserError, RunFailed."""
     if not (folder / "config.json").is_file():
         raise UserError("--model %s: no config.json; expected a model folder" % folder)
+    folder = folder.resolve()  # the server is started in another one
     rows = []
     with Server(folder, *flags) as server:
         for count in streams:

@@ -107,6 +107,8 @@ def _keep(folder: Path, proof: Dict[str, Any]) -> None:
         raise RunFailed("%s: is not the model of %s: %s. It is the proved export of %s, and keeps that proof."
                         % (proof["export"], proof["checkpoint"], proof["failures"][0], other["checkpoint"]),
                         document=proof)  # fmt: skip
+    if proof["failures"] and not proofs.is_export(folder):
+        return  # a model of the user's own, most likely the wrong folder: it is served as before
     try:
         card.prove(folder, proof)
         aside = folder / (".%s.new" % proofs.NAME)  # the old one holds until this one is whole

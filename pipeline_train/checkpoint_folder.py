@@ -48,12 +48,17 @@ def nbytes(dims: Dims, optimizer: str, layers: Optional[Iterable[int]] = None) -
 
 
 def check_room(
-    run: RunConfig, dims: Dims, where: str, saves: int, say: run_folder.Say, layers: Optional[Iterable[int]] = None
-) -> None:
-    """Before the work begins: whether the ``saves`` to come fit on the disk of run.out. ``layers``: this node's, without a shared
-    disk (scattered.layers_here). Raises UserError when not even one does; says so when not as many as train.keep wants."""
+    run: RunConfig, dims: Dims, where: str, saves: int, say: run_folder.Say, layers: Optional[Iterable[int]] = None,
+    resume: Optional[Path] = None,
+) -> None:  # fmt: skip
+    """Before the work begins: whether the ``saves`` to come fit on the disk of run.out, if need be without those that train.keep
+    no longer keeps beside ``resume``. ``layers``: this node's, without a shared disk (scattered.layers_here). Raises UserError when
+    not even one does; says so when not as many as train.keep wants."""
     out = Path(run.run.out)
     needed, free = nbytes(dims, run.optim.type, layers), shutil.disk_usage(str(out)).free
+    if free < needed and resume is not None:
+        prune(resume, run.train.keep)
+        free = shutil.disk_usage(str(out)).free
     if free < needed:
         raise UserError("%s: run.out: %s: a checkpoint needs %s, only %s are free on that disk. Make room, or name another folder."
                         % (where, out, host.size(needed), host.size(free)))  # fmt: skip

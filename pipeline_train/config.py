@@ -1,5 +1,6 @@
 """run.yaml -> RunConfig: read, override, check. Imports msgspec and PyYAML only: a configuration is refused without torch."""
 
+import os
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union
 
@@ -22,12 +23,15 @@ def load(path: Union[str, Path], sets: Tuple[str, ...] = ()) -> RunConfig:
         raw = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError('%s: no such file. Write one (README, "run.yaml") or name it with --config.' % path) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("%s: cannot be read: %s" % (path, error)) from None
+    except UnicodeDecodeError as error:
+        raise UserError("%s: not UTF-8 text (%s); save it as UTF-8" % (path, error.reason)) from None
+    except OSError as error:
+        raise UserError("%s: cannot be read: %s" % (path, error.strerror)) from None
     except NotYaml as error:
         raise UserError("%s: not valid YAML: %s" % (path, error)) from None
     if not isinstance(raw, dict):
-        raise UserError("%s: expected sections such as run:, model:, data: and parallel:, found %s" % (path, type(raw).__name__))
+        found = "nothing" if raw is None else "a %s" % type(raw).__name__
+        raise UserError("%s: expected sections such as run:, model:, data: and parallel:, found %s" % (path, found))
     for item in sets:
         _apply_set(raw, item)
     return parse(raw, path.name)
@@ -41,6 +45,7 @@ def parse(raw: Dict[str, Any], where: str = "run.yaml") -> RunConfig:
     except msgspec.ValidationError as error:
         raise UserError("%s: %s" % (where, plain(str(error), RunConfig))) from None
     _check(config, where)
+    _expand(config)
     return config
 
 
@@ -113,6 +118,18 @@ def _check(config: RunConfig, where: str) -> None:
             "%s: deepspeed.zero_optimization: a pipeline needs the gradients whole on each stage, so stage 0 or 1 "
             "(the default); got %r" % (where, zero.get("stage") if isinstance(zero, dict) else zero)
         )
+
+
+def _expand(config: RunConfig) -> None:
+    """A shell does not see the ~ in a file."""
+    config.run.out, config.model.path = os.path.expanduser(config.run.out), os.path.expanduser(config.model.path)
+    data, export = config.data, config.export
+    data.train = os.path.expanduser(data.train)
+    data.eval = None if data.eval is None else os.path.expanduser(data.eval)
+    if isinstance(data.cache, str):
+        data.cache = os.path.expanduser(data.cache)
+    if export is not None:
+        export.dir = os.path.expanduser(export.dir)
 
 
 def _check_paths(config: RunConfig, where: str) -> None:

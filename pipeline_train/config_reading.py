@@ -35,7 +35,9 @@ def read_yaml(text: str) -> Any:
     except RecursionError:
         raise NotYaml("nested too deeply") from None
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise NotYaml(" ".join(str(error).split()) or type(error).__name__) from None
+        raise NotYaml(
+            " ".join(str(error).replace(' in "<unicode string>", line', " in line").split()) or type(error).__name__
+        ) from None
 
 
 def _struct_of(annotation: Any) -> Any:
@@ -76,7 +78,8 @@ def number_strings(raw: Any, struct: Any) -> Any:
         annotation = known.get(key)
         child = _struct_of(annotation)
         if child is not None:
-            out[key] = number_strings(value, child)
+            # A section with nothing in it, its keys commented out, say: all defaults.
+            out[key] = number_strings({} if value is None and annotation is child else value, child)
         elif annotation is float:
             out[key] = _as_number(value)
         elif annotation == List[float] and isinstance(value, list):

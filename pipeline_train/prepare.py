@@ -106,9 +106,10 @@ def prepare(
         _say_new_data(run_folder.same_run(run, document, facts, allow_changed_data), done, total, per_epoch, say)
         if done < total:
             run_folder.say_changes(run, out, say)
+    _say_pointless(run, done, total, source.name, say)
     saves = _saves(run.train.save_every or total, done, total)
     if saves:
-        checkpoint_folder.check_room(run, dims, source.name, saves, say, layers)
+        checkpoint_folder.check_room(run, dims, source.name, saves, say, layers, checkpoint)
     documents = {"versions.json": found, "data.json": dict(facts, pad_id=codec.pad_id), "plan.json": _planned(run, dims, stack)}
     if done < total or not resolved.stays(run, out):
         resolved.write(run, out, source, folder, codec, documents)
@@ -116,6 +117,13 @@ def prepare(
     if party is not None:
         party.share(_shared(prepared) if party.place.node == 0 else None)
     return prepared
+
+
+def _say_pointless(run: RunConfig, done: int, total: int, where: str, say: Say) -> None:
+    if run.optim.warmup >= total > done:
+        say("%s: optim.warmup: %d steps, and the run has %d: optim.lr is never reached" % (where, run.optim.warmup, total))
+    if run.train.eval_every is not None and run.data.eval is None:
+        say("%s: train.eval_every: nothing is evaluated without data.eval" % where)
 
 
 def _shared(prepared: Prepared) -> Dict[str, Any]:

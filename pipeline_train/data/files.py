@@ -46,6 +46,8 @@ def blocks(path: Path) -> Iterator[Block]:
             start = handle.read(4)
         if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise UserError("%s: is UTF-16 text; save it as UTF-8" % path)
+        if start[:2] == b"\x1f\x8b":
+            raise UserError("%s: is packed by gzip; unpack it" % path)
         yield from reader(path)
     except OSError as error:
         raise UserError("%s: cannot be read: %s" % (path, error.strerror or error)) from None

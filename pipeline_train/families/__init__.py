@@ -38,6 +38,8 @@ def read_config(dir_or_file: str) -> Dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             config = json.loads(file.read(), parse_constant=_no_constant)
     except FileNotFoundError:
+        if os.path.isdir(os.path.join(os.path.dirname(path), "resolved")):
+            raise UserError("%s: is a run that has saved no checkpoint yet" % os.path.dirname(path)) from None
         raise UserError("%s: no such file. A model folder holds config.json, weights and tokenizer files." % path) from None
     except OSError as error:
         raise UserError("%s: cannot be read: %s" % (path, error.strerror)) from None

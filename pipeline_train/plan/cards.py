@@ -1,6 +1,7 @@
 """GPUs and what connects them: figures of data sheets, and how much of the peak training has been seen to reach. No torch."""
 
 import difflib
+import re
 import shutil
 import subprocess
 from typing import Dict, List, NamedTuple, Optional, Tuple
@@ -42,6 +43,7 @@ GPUS = {
     "a100-40g": Gpu(39.39, 312, 1555, True, "nvlink", 0.45, PUBLISHED),
     "a100-80g": Gpu(79.15, 312, 2039, True, "nvlink", 0.45, PUBLISHED),
     "l40s": Gpu(44.32, 362, 864, True, "pcie4", 0.35, ASSUMED),
+    "3090": Gpu(23.69, 71, 936, True, "pcie4", 0.40, ASSUMED),
     "4090": Gpu(23.53, 165, 1008, True, "pcie4", 0.40, ASSUMED),
     "5090": Gpu(31.36, 210, 1792, True, "pcie5", 0.40, ASSUMED),
     "h100-80g": Gpu(79.10, 989, 3350, True, "nvlink", 0.355, MEASURED, 0.60, 0.75),
@@ -55,7 +57,7 @@ PINNED = ("v100", "t4")  # cards that the pinned stack is for: the current one h
 # What CUDA calls a card -> our name; the first part that occurs in it. Memory decides between two sizes.
 CUDA_NAMES = (
     ("V100", ("v100-16g", "v100-32g")), ("Tesla T4", ("t4",)), ("A100", ("a100-40g", "a100-80g")), ("A10", ("a10-24g",)),
-    ("L40S", ("l40s",)), ("NVIDIA L4", ("l4",)), ("RTX A6000", ("a6000-48g",)), ("RTX 4090", ("4090",)),
+    ("L40S", ("l40s",)), ("NVIDIA L4", ("l4",)), ("RTX A6000", ("a6000-48g",)), ("RTX 3090", ("3090",)), ("RTX 4090", ("4090",)),
     ("RTX 5090", ("5090",)), ("H100", ("h100-80g",)), ("H200", ("h200",)), ("B200", ("b200",)),
 )  # fmt: skip
 
@@ -83,7 +85,7 @@ def _known(name: str, table: Dict[str, object], what: str) -> None:
 
 def gpu_named(name: str) -> str:
     """``name`` as the user wrote it -> a key of GPUS. Raises UserError listing the known ones."""
-    plain = name.strip().lower()
+    plain = re.sub(r"^(nvidia|geforce|rtx|[ _-])+", "", name.strip().lower())
     plain = ALIASES.get(plain, plain)
     _known(plain, dict(GPUS), "--gpu")
     return plain

@@ -20,8 +20,8 @@ Say = Callable[[str], None]
 def write(out: Path, output: Optional[Path] = None, curves: Optional[Curves] = None) -> Path:
     """Write the report of the run folder ``out`` to ``output`` (<out>/report.html), replacing it at once; -> its path.
 
-    ``curves``: from an earlier call, read on. Raises UserError for a folder that holds no run, RunFailed when the page
-    cannot be written.
+    ``curves``: from an earlier call, read on. Raises UserError for a folder that holds no run, and when ``output`` cannot
+    be written; RunFailed when the run's own page cannot.
     """
     if not (out / "metrics.jsonl").exists() and not (out / "resolved").is_dir():
         raise UserError("%s: holds no run (no metrics.jsonl, no resolved/); name the run.out of a training" % out)
@@ -32,7 +32,8 @@ def write(out: Path, output: Optional[Path] = None, curves: Optional[Curves] = N
         aside.write_bytes(page.encode("utf-8"))
         os.replace(str(aside), str(target))
     except OSError as error:
-        raise RunFailed("%s: cannot be written: %s" % (target, error.strerror)) from None
+        kind = RunFailed if output is None else UserError
+        raise kind("%s: cannot be written: %s" % (target, error.strerror)) from None
     finally:
         if aside.exists():
             aside.unlink()

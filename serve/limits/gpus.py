@@ -15,8 +15,8 @@ from .engines import Engine
 CPU = "cpu"  # a server that gets no GPU
 CAPABILITY = {
     "v100-16g": (7, 0), "v100-32g": (7, 0), "t4": (7, 5), "a100-40g": (8, 0), "a100-80g": (8, 0), "a10-24g": (8, 6),
-    "a6000-48g": (8, 6), "l4": (8, 9), "l40s": (8, 9), "4090": (8, 9), "h100-80g": (9, 0), "h200": (9, 0), "b200": (10, 0),
-    "5090": (12, 0),
+    "a6000-48g": (8, 6), "3090": (8, 6), "l4": (8, 9), "l40s": (8, 9), "4090": (8, 9), "h100-80g": (9, 0), "h200": (9, 0),
+    "b200": (10, 0), "5090": (12, 0),
 }  # fmt: skip
 DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}  # CUDA's major version -> the least driver
 # The driver that came with the CUDA that an image advises, or is built with: with an older one the container toolkit may refuse.

@@ -194,6 +194,15 @@ def test_what_is_not_proved_any_more(change, pair):
     assert not proved(str(export), str(checkpoint), 7)
 
 
+def test_the_wrong_folder_is_served_as_before(pair, tmp_path):
+    """A model of the user's own, named by mistake: no export, so nothing is to be written there."""
+    checkpoint, _ = pair("llama")
+    make_hf(tmp_path / "own", tiny_config("llama"), seed=9)
+    with pytest.raises(RunFailed, match="own: is not the checkpoint's model"):
+        verify(str(checkpoint), str(tmp_path / "own"))
+    assert not (tmp_path / "own" / "proof.json").exists()
+
+
 def test_asking_about_another_checkpoint_keeps_the_proof(pair, tmp_path):
     checkpoint, export = pair("llama")
     verify(str(checkpoint), str(export))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from dataclasses import replace
 
 import pytest
@@ -182,6 +183,24 @@ def test_a_folder_that_is_no_model(tmp_path, capfd):
 
     assert main(["bench", "serve", "--model", str(tmp_path)]) == 2
     assert "--model %s: no config.json; expected a model folder" % tmp_path in capfd.readouterr().err
+
+
+def test_a_servers_model_is_the_one_of_the_users_folder(tmp_path, monkeypatch):
+    from bench import serve as bench_serve
+
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    given = []
+
+    def server(folder, *flags):
+        given.append(folder)
+        raise RunFailed("enough")
+
+    monkeypatch.setattr(bench_serve, "Server", server)
+    with pytest.raises(RunFailed, match="enough"):
+        bench_serve.bench(Path("m"), [1], 8, 0.1, False, print)
+    assert given == [tmp_path / "m"]
 
 
 def test_the_table_of_servers():

@@ -139,7 +139,7 @@ def test_files_and_overrides(tmp_path):
     with pytest.raises(UserError, match='run.yaml: not valid YAML: the key "parallel" is given twice .* line 3'):
         config.load(path)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not UTF-8 text"):
         config.load(path)
     path.write_text(yaml.safe_dump(BASE))
     made = config.load(path, ("optim.lr=2e-5", "batch.global=16", "parallel.parts=[3, 4]"))
@@ -165,3 +165,39 @@ def test_against_the_model():
     config.check_against_model(made, 25, 4096)
     with pytest.raises(UserError, match="2 stages, but the model has only 1 layers"):
         config.check_against_model(config.parse(BASE), 1, None)
+
+
+def test_a_section_with_nothing_in_it_has_its_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(SMALL_TEXT + "optim:\ntrain:\nexport:\n")
+    made = config.load(path)
+    assert made.optim == config.parse(yaml.safe_load(SMALL_TEXT)).optim and made.export is None
+    path.write_text("model: {path: m}\nrun:\n")
+    with pytest.raises(UserError, match="run.yaml: run.out: missing|run.yaml: parallel: missing|run.yaml: data: missing"):
+        config.load(path)
+
+
+def test_a_home_folder_in_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    raw = yaml.safe_load("{run: {out: ~/o}, model: {path: ~/m}, data: {train: ~/t, eval: ~/e, cache: ~/c}, parallel: {pipe: 1}}")
+    made = config.parse(dict(raw, export={"dir": "~/x"}))
+    data = made.data
+    assert [made.run.out, made.model.path, data.train, data.eval, data.cache, made.export.dir] == [
+        "/home/x/" + name for name in "omtecx"]  # fmt: skip
+    assert config.parse(yaml.safe_load(SMALL_TEXT)).data.cache == "auto"
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "expected sections such as run:, model:, data: and parallel:, found nothing"),
+    ("run: {out: o}\n".encode("utf-16"), "not UTF-8 text (invalid start byte); save it as UTF-8"),
+    (b"run: {\n  out: [", "not valid YAML: while parsing a flow node expected the node content, but found '<stream end>' in line"),
+])  # fmt: skip
+def test_a_file_that_is_no_run_yaml(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        config.load(path)
+    assert str(caught.value).startswith("%s: %s" % (path, message))
+
+
+SMALL_TEXT = "run: {out: o}\nmodel: {path: m}\ndata: {train: t}\nparallel: {pipe: 1}\n"

@@ -249,6 +249,7 @@ def test_keys_that_nothing_is_made_of_are_counted(tmp_path):
         ("d.json", "", "{}: holds no records"),
         ("d.txt", "x", "{}: cannot tell its format; name it .jsonl, .ndjson, .json, .json5, .jsonc, .parquet"),
         ("d.jsonl", "[1]", "{}: is one JSON list, not a record per line; rename it to .json"),
+        ("d.jsonl", b"\x1f\x8b\x08", "{}: is packed by gzip; unpack it"),
         ("d.jsonl", "x".encode("utf-16"), "{}: is UTF-16 text; save it as UTF-8"),
         ("d.json", '[\n{"text": "a"}, // mine\n]', "{}:2: not valid JSON: comments are JSON5; rename the file to .json5"),
         ("d.json", '/* mine */ [{"text": "a"}]', "{}:1: not valid JSON: comments are JSON5; rename the file to .json5"),

@@ -140,3 +140,9 @@ def test_any_settings_beside_the_weights(data, whole, capfd):
     name = data.draw(st.sampled_from(["tokenizer_config.json", "generation_config.json", "tokenizer.json"]))
     content = data.draw(st.binary(max_size=40) | VALUES.map(lambda value: json.dumps(value).encode()))
     convert(spoil(whole, "llama", name, content), "llama", capfd)
+
+
+def test_a_shard_size_without_a_unit_is_no_number_of_gigabytes(whole, capfd):
+    argv = ["to-hf", "--input", str(whole / "llama"), "--output", str(whole / "five"), "--shard-size", "5"]
+    assert pipedock.main(argv) == 2 and not (whole / "five").exists()
+    assert capfd.readouterr().err.splitlines()[-1] == "pipedock to-hf: --shard-size: 5 bytes? Write it as 5GB, 500MB or 2GiB"

@@ -135,6 +135,13 @@ def test_read_config(tmp_path):
     assert families.read_config(str(tmp_path)) == families.read_config(str(tmp_path / "config.json")) == BLOOM_560M
 
 
+def test_a_run_without_a_checkpoint_is_called_so(tmp_path):
+    (tmp_path / "resolved").mkdir()
+    with pytest.raises(UserError) as caught:
+        families.read_config(str(tmp_path))
+    assert str(caught.value) == "%s: is a run that has saved no checkpoint yet" % tmp_path
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

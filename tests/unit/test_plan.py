@@ -228,8 +228,11 @@ def test_cards_are_known_by_their_cuda_names():
     for device, gib, name in (("Tesla V100-SXM2-32GB", 31.7, "v100-32g"), ("Tesla V100-SXM2-16GB", 15.8, "v100-16g"),
                               ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40g"), ("NVIDIA A10", 22.1, "a10-24g"),
                               ("NVIDIA L4", 22.0, "l4"), ("NVIDIA L40S", 44.3, "l40s"), ("NVIDIA H100 80GB HBM3", 79.1, "h100-80g"),
-                              ("NVIDIA H200", 139.7, "h200"), ("Tesla T4", 14.7, "t4"), ("GeForce GTX 1080", 8, None)):  # fmt: skip
+                              ("NVIDIA H200", 139.7, "h200"), ("Tesla T4", 14.7, "t4"),
+                              ("NVIDIA GeForce RTX 3090", 23.7, "3090"), ("GeForce GTX 1080", 8, None)):  # fmt: skip
         assert cards.from_cuda(device, gib) == name
+    for name in ("3090", "RTX 3090", "rtx3090", "GeForce RTX 3090", "nvidia_rtx-3090"):
+        assert cards.gpu_named(name) == "3090"
     assert set(cards.ALIASES.values()) <= set(cards.GPUS) and all(card.link in cards.LINKS for card in cards.GPUS.values())
 
 

@@ -106,6 +106,24 @@ def test_logits_have_the_same_bits_in_any_company(pair):
 
 
 @pytest.mark.skipif(not packed.available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("able", [True, False])
+def test_bf16_is_served_on_any_cpu(able, tmp_path, monkeypatch, caplog):
+    """oneDNN packs it with AVX-512 only; without, products are as for fp16."""
+    if not able:
+
+        def refuse(weight, sizes):
+            raise RuntimeError("mkldnn_reorder_linear_weight: bf16 path needs the cpu support")
+
+        monkeypatch.setattr(packed.torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    packed.packs.cache_clear()
+    make_hf(tmp_path, CASES["llama"])
+    engine = Engine(str(tmp_path), "bfloat16")
+    packed.packs.cache_clear()
+    assert engine.prefill(0, [3, 4, 5], 0).isfinite().all() and (able or not engine.together)
+    assert able or "the last bits depend on how many requests there are" in caplog.text
+
+
+@pytest.mark.skipif(not packed.available(), reason="this torch has no oneDNN")
 @pytest.mark.parametrize("name", ["llama", "llama-gqa-tied", "gpt2"])
 def test_prompts_read_together_have_the_same_bits_as_alone(name, tmp_path):
     """Beginnings and the rest of a prompt in one pass, beside a row that runs; the steps behind it, too."""

@@ -5,11 +5,12 @@ import json
 import logging
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline_train import checkpoint_folder, families, manifest, run_folder
-from pipeline_train.errors import RunFailed
+from pipeline_train.errors import RunFailed, UserError
 from tests.models import tiny_config
 
 CONFIG = tiny_config("llama", num_hidden_layers=1)
@@ -182,6 +183,22 @@ def test_no_room_is_said_before_anything_is_written(tmp_path, beside, monkeypatc
         "The last checkpoint is whole." % before.with_name("step_000004")
     )
     assert names(before.parent) == ["latest", "step_000002"]
+
+
+def test_a_lower_keep_makes_room_before_the_work_begins(tmp_path, beside, monkeypatch):
+    """What the message of a full disk advises."""
+    for step in (2, 4, 6):
+        newest = write(tmp_path / "checkpoints", step, beside)
+    free = [100, 100 + 2 * 2**20, 100 + 2 * 2**20]
+    monkeypatch.setattr(checkpoint_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, free.pop(0)))
+    monkeypatch.setattr(checkpoint_folder, "nbytes", lambda *unused: 2**20)
+    run = SimpleNamespace(run=SimpleNamespace(out=str(tmp_path)), optim=SimpleNamespace(type="adamw"),
+                          train=SimpleNamespace(keep=1))  # fmt: skip
+    checkpoint_folder.check_room(run, None, "run.yaml", 3, print, None, newest)
+    assert names(newest.parent) == ["latest", "step_000006"]
+    free[:] = [100]
+    with pytest.raises(UserError, match="a checkpoint needs 1.00 MiB, only 100 bytes are free|only 0.00 MiB are free"):
+        checkpoint_folder.check_room(run, None, "run.yaml", 3, print)
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):

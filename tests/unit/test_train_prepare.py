@@ -628,3 +628,9 @@ def test_one_machine_does_not_resume_a_node_s_part(start):
         (folder / name).unlink()
     with pytest.raises(UserError, match="step_000004: layer_004.safetensors and 1 more file lie on node 1 .b.: bring them"):
         start("newest", parallel={"pipe": 1})
+
+
+def test_settings_without_effect_are_told(start):
+    start(optim={"warmup": 1000}, train={"max_steps": 2, "eval_every": 1})
+    assert "run.yaml: optim.warmup: 1000 steps, and the run has 2: optim.lr is never reached" in start.said
+    assert "run.yaml: train.eval_every: nothing is evaluated without data.eval" in start.said

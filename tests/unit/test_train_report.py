@@ -301,8 +301,12 @@ def test_writing_replaces_the_page_at_once_and_says_what_is_wrong(tmp_path):
     assert not list(out.glob("*.partial"))
     with pytest.raises(UserError, match=r"empty: holds no run \(no metrics.jsonl, no resolved/\); name the run.out of a training$"):
         report.write(tmp_path / "empty")
-    with pytest.raises(RunFailed, match="gone/page.html: cannot be written: No such file or directory$"):
+    with pytest.raises(UserError, match="gone/page.html: cannot be written: No such file or directory$"):
         report.write(out, tmp_path / "gone" / "page.html")
+    (out / "report.html").unlink()
+    (out / "report.html").mkdir()
+    with pytest.raises(RunFailed, match="report.html: cannot be written: Is a directory$"):
+        report.write(out)
 
 
 def test_the_verb(tmp_path, capsys):
