@@ -63,14 +63,14 @@ def refuses(port):
 
 def test_detach_ask_status_stop(pipedock, model, tmp_path):
     port = free_port()
-    (tmp_path / "key").write_text("k1\n")
+    (tmp_path / "key").write_text("no-word-of-a-path\n")
     started = pipedock("serve", "--model", model.path, "--port", str(port), "--detach", "--api-key-file", "key", "--json")
     try:
         assert started.returncode == 0, started.stderr
         document = json.loads(started.stdout)
         url = document["url"]
         assert document["healthy"] and url == "http://127.0.0.1:%d" % port and "Bearer KEY" in document["try"][0]
-        assert "k1" not in Path("/proc/%d/cmdline" % document["pid"]).read_text()
+        assert "no-word-of-a-path" not in Path("/proc/%d/cmdline" % document["pid"]).read_text()
         ask = ["ask", "--url", url, "--api-key-file", "key", "--max-new-tokens", "5"]
         plain = pipedock(*ask, "Hello")
         assert (plain.returncode, plain.stdout) == (0, model.text("Hello", 5) + "\n")
