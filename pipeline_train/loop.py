@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import torch
 import torch.distributed as dist
 
-from . import checkpoint, plan, trace
+from . import checkpoint, masters, plan, trace
 from .data.feed import Feed, StepRows
 from .engine import MicroBatch, Pipeline, StepResult
 from .errors import RunFailed
@@ -143,8 +143,10 @@ class Loop:
         try:
             result = self.pipe.train(self._mine(rows), rows.learnt_tokens, rate)
         except NotFinite as error:
-            raise RunFailed("step %d: %s; stopped before the step, the weights are as they were. Its samples: %s. Lower optim.lr, "
-                            "or look at these records" % (number, error, self._samples(rows))) from None  # fmt: skip
+            broken, samples = masters.not_finite(self.pipe), self._samples(rows)
+            advice = "These weights hold NaN or Inf: %s" % broken if broken else "Lower optim.lr, or look at these records"
+            raise RunFailed("step %d: %s; stopped before the step, the weights are as they were. Its samples: %s. %s"
+                            % (number, error, samples, advice)) from None  # fmt: skip
         if result.scale is not None:
             self.limit.after(number, result.skipped, result.scale, self._samples(rows) if result.skipped else "")
         return result

@@ -101,6 +101,20 @@ def settle_ties(pipe: "Pipeline") -> None:
             pipe.write_whole(stage.tied_weight, theirs.cpu(), moment)
 
 
+def not_finite(pipe: "Pipeline", most: int = 10) -> str:
+    """The names of the weights that hold NaN or Inf, of all ranks together, which all must ask; "" where none does."""
+    mine = [
+        "%s of layer %d" % (name, layer)
+        for layer, module in pipe.stage.layers.items()
+        for name, values in module.named_parameters()
+        if not bool(torch.isfinite(values).all())
+    ]
+    everyone: List[List[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    found = sorted({name for names in everyone for name in names})
+    return ", ".join(found[:most]) + (", ... (%d more)" % (len(found) - most) if len(found) > most else "")
+
+
 def writers(pipe: "Pipeline", ranks: Optional[Sequence[int]] = None) -> List[int]:
     """The replicas of this stage that share the writing of its files: all, or those among ``ranks`` (a node's), so that every
     node with a replica of the stage has its files."""

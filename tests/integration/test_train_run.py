@@ -198,5 +198,5 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(root):
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("pipedock train: rank ") and ": step 1: the loss is not a number; stopped before the step, " in line
     assert ". Its samples: " in line
-    assert "train.jsonl:" in line and "Log: " in line
+    assert "train.jsonl:" in line and ". These weights hold NaN or Inf: norm.weight of layer 4. Log: " in line
     assert not (root / "nan" / "checkpoints").exists()
