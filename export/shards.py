@@ -48,7 +48,7 @@ def parse_size(text: str) -> int:
     """ "5GB", "500MB", "2GiB" or a number of bytes -> bytes. Raises UserError."""
     found = re.match(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*$", str(text))
     size = float(found.group(1)) * UNITS.get(found.group(2).upper(), 0) if found else 0.0
-    if size < 1000 and found is not None and not found.group(2):
+    if found is not None and not found.group(2) and 0 < size < 100:
         raise UserError("--shard-size: %s bytes? Write it as 5GB, 500MB or 2GiB" % found.group(1))
     if not 0 < size < 2**63:
         raise UserError("--shard-size: %.40r is not a size; write it as 5GB, 500MB or 2GiB" % text)

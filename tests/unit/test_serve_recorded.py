@@ -25,6 +25,15 @@ def no_gradients():
         yield
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """With more, torch's attention of many rows at once has other bits than of one on some CPUs (those without AVX-512)."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(usual)
+
+
 def made(folder, config=LLAMA, dtype=None):
     """-> (an engine that records, the plain model)"""
     model = make_hf(folder, config)
