@@ -68,7 +68,8 @@ def verify(
     _keep(folder, proof)
     if failures:
         where = folder / proofs.NAME
-        more = "; %d more kinds of difference in %s" % (len(failures) - 1, where) if len(failures) > 1 else ""
+        told = " in %s" % where if where.is_file() else ""
+        more = "; %d more kinds of difference%s" % (len(failures) - 1, told) if len(failures) > 1 else ""
         raise RunFailed("%s: is not the checkpoint's model: %s%s" % (export, failures[0], more), document=proof)
     return proof
 

@@ -159,10 +159,11 @@ class Loop:
         return number == self.total or (every is not None and number % every == 0)
 
     def _evaluation_missing(self, done: int) -> bool:
-        """Whether an earlier start ended between the step ``done``, its save, and its evaluation. Rank 0 knows."""
-        missing = [done > 0 and self._due(done, self.config.train.eval_every) and not evaluated(self.out / "metrics.jsonl", done)]
-        if self.eval_feed is not None:
-            dist.broadcast_object_list(missing, src=0)
+        """Whether an earlier start ended between the step ``done``, its save, and its evaluation. Rank 0 looks."""
+        if self.eval_feed is None or done == 0 or not self._due(done, self.config.train.eval_every):
+            return False
+        missing = [self.metrics is not None and not evaluated(self.out / "metrics.jsonl", done)]
+        dist.broadcast_object_list(missing, src=0)
         return missing[0]
 
     def _mine(self, rows: StepRows) -> Iterator[MicroBatch]:

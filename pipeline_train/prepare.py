@@ -111,9 +111,9 @@ def prepare(
     if saves:
         checkpoint_folder.check_room(run, dims, source.name, saves, say, layers, checkpoint)
     documents = {"versions.json": found, "data.json": dict(facts, pad_id=codec.pad_id), "plan.json": _planned(run, dims, stack)}
-    if done < total or not resolved.stays(run, out):
-        resolved.write(run, out, source, folder, codec, documents)
     prepared = Prepared(run, out, dims, gpus, total, checkpoint, done)
+    if done < total or prepared.ended_before_evaluation or not resolved.stays(run, out):
+        resolved.write(run, out, source, folder, codec, documents)
     if party is not None:
         party.share(_shared(prepared) if party.place.node == 0 else None)
     return prepared
