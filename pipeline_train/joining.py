@@ -9,7 +9,7 @@ import time
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 from .errors import RunFailed, UserError
-from .link import Document, Link, read_frame, write_frame
+from .link import Document, Link, part, read_frame, write_frame
 
 Say = Callable[[str], None]  # takes a line for the user
 PROTOCOL = 2
@@ -142,7 +142,7 @@ class _Hall:
             if refusal:
                 self.meeting.say(refusal)
                 write_frame(sock, {"kind": "refused", "line": refusal})
-            sock.close()
+            part(sock)
         except (OSError, EOFError, ValueError, KeyError, TypeError):
             sock.close()
             with self.lock:

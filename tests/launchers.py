@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline_train import manifest
 from tests.free_port import free_port
-from tests.runs import ENV, START_S, command, lines_of, ranks_of
+from tests.runs import ENV, START_S, command, has_saved, lines_of, ranks_of
 
 # What keeps a test short: a node that shows nothing is given up after 5 s instead of 20.
 QUICK = "import sys; sys.path.insert(0, %r); from pipeline_train import link; link.SILENT_S = 5.0; import pipedock; "
@@ -63,7 +63,7 @@ class Nodes:
         return self
 
     def until_saved(self, number):
-        return self.until(lambda: all((out / "checkpoints" / ("step_%06d" % number)).exists() for out in self.folders))
+        return self.until(lambda: all(has_saved(out, number) for out in self.folders))
 
     def ranks(self, node):
         """rank -> process."""

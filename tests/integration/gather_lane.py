@@ -19,7 +19,7 @@ def root(tmp_path_factory):
     """A finished run of one stage in root/one; one of two stages on two nodes in root/a and root/b, stopped by a signal."""
     root = tmp_path_factory.mktemp("gather")
     make(root, parallel={"pipe": 2}, batch={"global": 6}, optim={"lr": 1e-3, "warmup": 2},
-         train={"epochs": 2, "save_every": 3, "keep": 3})  # fmt: skip
+         train={"epochs": 5, "save_every": 3, "keep": 3})  # fmt: skip
     done = train(root, "--set", "parallel.pipe=1", "--set", "run.out=%s" % (root / "one"))
     assert done.returncode == 0, done.stderr[-2000:]
     nodes = Nodes(root, ["a", "b"]).until_saved(3)

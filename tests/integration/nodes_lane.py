@@ -24,10 +24,11 @@ def none_left():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A finished run on one node in root/out, and one of two replicas in root/four."""
+    """A finished run on one node in root/out, and one of two replicas in root/four: long enough that what a test does once the
+    first checkpoint is there comes before the end, also where all that runs shares two slow cores."""
     root = tmp_path_factory.mktemp("nodes")
     make(root, parallel={"pipe": 2}, batch={"global": 6}, optim={"lr": 1e-3, "warmup": 2},
-         train={"epochs": 2, "save_every": 3, "keep": 3})  # fmt: skip
+         train={"epochs": 5, "save_every": 3, "keep": 3})  # fmt: skip
     for arguments in ([], ["--set", "parallel.data=2", "--set", "run.out=%s" % (root / "four")]):
         done = train(root, *arguments)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -148,7 +149,7 @@ def test_other_data_on_one_node_is_refused_by_all(root):
 
 
 def test_another_configuration_is_refused_before_anything_is_encoded(root):
-    nodes = Nodes(root, ["oc_a", "oc_b"], own={1: ["--set", "optim.lr=2e-3"], 0: ["--set", "train.epochs=5"]})
+    nodes = Nodes(root, ["oc_a", "oc_b"], own={1: ["--set", "optim.lr=2e-3"], 0: ["--set", "train.epochs=7"]})
     assert nodes.codes(120) == [2, 2], nodes.all_said()
     for node in (0, 1):
         lines = [line for line in nodes.said(node).splitlines() if "config differs between the nodes: " in line]

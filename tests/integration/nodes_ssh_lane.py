@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.launchers import free_pair
-from tests.runs import ENV, START_S, command, make, same_end, train
+from tests.runs import ENV, START_S, command, has_saved, make, same_end, train
 from tests.sshd import SSHD, sshd
 
 pytestmark = pytest.mark.skipif(SSHD is None or shutil.which("ssh") is None, reason="no openssh-server and ssh here")
@@ -81,7 +81,7 @@ def test_killing_the_command_leaves_nothing_on_the_other_host(root, pdsh):
     out = "killed%d" % pdsh
     process = start(root, out, "--set", "train.epochs=200", pdsh=pdsh)
     deadline = time.monotonic() + START_S
-    while not (root / out / "checkpoints" / "step_000003").exists():
+    while not has_saved(root / out, 3):
         assert process.poll() is None and time.monotonic() < deadline, (root / (out + ".txt")).read_text()
         time.sleep(0.05)
     found = launchers(root, out)

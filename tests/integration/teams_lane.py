@@ -106,8 +106,9 @@ def test_a_stop_that_was_wished_for_is_told_with_its_signal(tmp_path):
 
 def test_a_wish_to_save_of_another_node_comes_to_node_0(tmp_path):
     body = "from pipeline_train.pulse import Pulse\npulse = Pulse.inherited(); pulse.start_beating(); pulse.step_done(3)\n"
-    body += "if rank == 0:\n    while pulse.wishes() != (0, 2): time.sleep(0.02)\n    done()\n"
-    run = Run(tmp_path, body + "if rank: time.sleep(3)").started()
+    body += "stop = logs + '/../stop'\n"
+    body += "if rank == 0:\n    while pulse.wishes() != (0, 2): time.sleep(0.02)\n    open(stop, 'w').close()\n    done()\n"
+    run = Run(tmp_path, body + "while not os.path.exists(stop): time.sleep(0.02)").started()
     time.sleep(0.5)
     run.launchers[1].send_signal(signal.SIGUSR1)
     time.sleep(1.0)

@@ -80,6 +80,7 @@ def test_bytes_go_both_ways_in_their_order_and_nobody_runs_ahead_of_the_reader()
                 channel.send(0, {"number": number}, bytes([number]) * size)
                 ahead.append(number)
             return channel.receive(0)
+        until(lambda: len(ahead) == link.WINDOW)
         time.sleep(0.5)
         seen = len(ahead)
         found = [channel.receive(1) for _ in sizes]
@@ -136,11 +137,13 @@ def test_the_order_of_starting_does_not_matter():
     assert cluster.join() == {0: [{"n": 0}, {"n": 1}], 1: [{"n": 0}, {"n": 1}]}
 
 
-def test_launchers_that_do_not_belong_together_are_refused_and_the_right_ones_still_come_in():
-    cluster = Cluster(3)
+def test_launchers_that_do_not_belong_together_are_refused_and_the_right_ones_still_come_in(monkeypatch):
+    monkeypatch.setattr(joining, "FIRST_S", 0.2)
+    monkeypatch.setattr(joining, "AGAIN_S", 0.2)
+    cluster = Cluster(3, wait_s=60.0)
     cluster.start(0, lambda channel: channel.exchange({}))
     cluster.start(1, lambda channel: channel.exchange({}))
-    time.sleep(0.5)
+    until(lambda: any("has answered, waiting for the other nodes" in line for line in cluster.said[1]))  # not after its twin
     cluster.start(2, lambda channel: None, nodes=4, slot="four")
     cluster.start(1, lambda channel: None, name="twin", slot="twin")
     cluster.threads[2].join(20)
@@ -160,6 +163,21 @@ def test_launchers_that_do_not_belong_together_are_refused_and_the_right_ones_st
     assert str(found["four"]) in cluster.said[0]
 
 
+def test_a_refusal_is_not_taken_back_by_what_came_behind_the_hello():
+    """Closed with a beat unread, a connection is reset, and over a network what was said last may be lost."""
+    cluster = Cluster(2)
+    cluster.start(0, lambda channel: channel.exchange({}))
+    with knock(cluster.port) as sock:
+        hello = {"protocol": joining.PROTOCOL, "node": 7, "nodes": 2, "name": "far", "command": "pipedock train"}
+        link.write_frame(sock, hello)
+        link.write_frame(sock, {"kind": "beat"})
+        assert link.read_frame(sock)[0]["line"] == "node 7 (far): with --nodes 2, --node-rank is 0 to 1"
+        with pytest.raises(EOFError):  # not a reset
+            link.read_frame(sock)
+    cluster.start(1, lambda channel: channel.exchange({}))
+    assert cluster.join() == {0: [{}, {}], 1: [{}, {}]}
+
+
 def test_another_version_is_refused(monkeypatch):
     cluster = Cluster(2, wait_s=2.0)
     cluster.start(0, lambda channel: None)
@@ -168,6 +186,13 @@ def test_another_version_is_refused(monkeypatch):
         answer = link.read_frame(sock)[0]
     assert answer["line"] == "node 1 (old) has another version of pipedock than node 0 (box0)"
     cluster.join()
+
+
+def until(ready):
+    deadline = time.monotonic() + 30
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def knock(port):
@@ -247,10 +272,7 @@ def test_a_node_that_goes_while_others_are_missing_may_come_again():
         link.write_frame(sock, {"kind": "hello", "protocol": joining.PROTOCOL, "node": 1, "nodes": 3, "name": "first",
                                 "command": "pipedock train"})  # fmt: skip
         link.read_frame(sock)  # a beat: it is in
-    deadline = time.monotonic() + 10
-    while "node 1 (first) has gone again" not in cluster.said[0]:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: "node 1 (first) has gone again" in cluster.said[0])
     cluster.start(1, lambda channel: None, name="second")
     cluster.start(2, lambda channel: None)
     assert cluster.join()[0] == ["box0", "second", "box2"]
@@ -271,13 +293,19 @@ def test_a_link_may_be_ended_while_it_starts(monkeypatch):
     theirs.close()
 
 
+@pytest.mark.parametrize("unread", [False, True])
 @pytest.mark.parametrize("victim", [0, 2])
-def test_a_closed_connection_is_a_dead_node_on_every_node(victim):
+def test_a_closed_connection_is_a_dead_node_on_every_node(victim, unread):
+    """``unread``: what the others have sent lies unread when it dies. The kernel then resets the connection."""
+
     def work(channel):
         if channel.node == victim:
             channel.exchange({})
             channel.closed = True
             for one in channel.links.values():
+                if unread:
+                    one.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    one.sock.close()
                 one.close()  # as the kernel does for a process that is killed
             return None
         channel.exchange({})
