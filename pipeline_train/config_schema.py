@@ -34,6 +34,7 @@ class Data(Section):
     seq_len: Optional[int] = None
     template: str = "auto"
     pack: bool = True
+    learn: Literal["answers", "all"] = "answers"  # of records that have answers; pretrain texts are learnt whole
     on_bad: Literal["fail", "skip"] = "fail"
     over_long: Literal["truncate", "drop", "fail"] = "truncate"
     cache: Union[bool, str] = "auto"  # of encoded data: auto (in ~/.cache/pipedock/data), off (YAML reads false), or a folder

@@ -29,10 +29,12 @@ class Encoded(NamedTuple):
 
 class BlockEncoder:
     """Over-long records are cut at seq_len + 1 ids (the last one a target only), dropped or refused; pretrain texts go on in the
-    next sample. ``on_bad`` "fail": nothing behind the first bad record is encoded, only looked through."""
+    next sample. ``learn`` "all": prompts too, up to a record's last answer. ``on_bad`` "fail": nothing behind the first bad record
+    is encoded, only looked through."""
 
-    def __init__(self, codec: TextCodec, path: Path, seq_len: int, over_long: str, on_bad: str) -> None:
-        self.codec, self.path, self.seq_len, self.over_long, self.on_bad = codec, path, seq_len, over_long, on_bad
+    def __init__(self, codec: TextCodec, path: Path, seq_len: int, learn: str, over_long: str, on_bad: str) -> None:
+        self.codec, self.path, self.seq_len = codec, path, seq_len
+        self.learn, self.over_long, self.on_bad = learn, over_long, on_bad
 
     def encode(self, block: Block, check_only: bool = False) -> Encoded:
         part = _Part(self)
@@ -63,8 +65,10 @@ class _Part:
 
     def __init__(self, encoder: BlockEncoder) -> None:
         self.codec, self.seq_len, self.over_long = encoder.codec, encoder.seq_len, encoder.over_long
+        self.all = encoder.learn == "all"
         self.ids: List[int] = []
         self.learn: List[bool] = []
+        self.answers: List[bool] = []  # of ``ids``, what is an answer or a text
         self.offsets: List[List[int]] = []
         self.counts: Dict[str, int] = {}
         self.shown: Dict[str, List[str]] = {"too_long": [], "lost": []}
@@ -88,12 +92,15 @@ class _Part:
             return
         if positions > self.seq_len:
             self._count("continued")
-        start = self._keep(sequence)
+        start = self._keep(sequence, sequence.learn)
         for cut in range(0, positions, self.seq_len):
             self.offsets.append([start + cut, min(self.seq_len, positions - cut), line])
 
     def _add_answers(self, sequence: Sequence, record: Record) -> None:
         positions = whole = len(sequence.ids) - 1
+        answers = sequence.learn
+        if self.all and answers:
+            sequence = Sequence(sequence.ids, [False] + [True] * positions)
         if positions > self.seq_len:
             if self.over_long == "drop":
                 self._count("dropped")
@@ -108,20 +115,21 @@ class _Part:
             if whole > self.seq_len:
                 self._count("lost", "%s (%d tokens)" % (record.where, whole), LOST_SHOWN)
             return
-        self.offsets.append([self._keep(sequence), len(sequence.ids) - 1, record.line])
+        self.offsets.append([self._keep(sequence, answers), len(sequence.ids) - 1, record.line])
 
-    def _keep(self, sequence: Sequence) -> int:
+    def _keep(self, sequence: Sequence, answers: List[bool]) -> int:
         start = len(self.ids)
         self.ids += sequence.ids
         self.learn += sequence.learn
+        self.answers += answers[: len(sequence.ids)]
         return start
 
     def done(self, tally: Tally, error: Optional[UserError]) -> Encoded:
-        ids, learn = np.array(self.ids, np.int32), np.array(self.learn, np.bool_)
+        ids, learn, answers = np.array(self.ids, np.int32), np.array(self.learn, np.bool_), np.array(self.answers, np.bool_)
         self.counts.update({"unused.%s" % key: number for key, number in tally.unused.items()})
         self.counts.update(records=tally.records, bad=tally.bad, blank_inputs=tally.blank_inputs, learnt_tokens=int(learn.sum()))
-        # A learnt end token with a learnt token behind it stands inside an answer or a text.
-        stops: Any = np.isin(ids[:-1], self.codec.stop_ids) & learn[:-1] & learn[1:]
+        # An answer's end token with a token of the answer behind it stands inside it; so in a text.
+        stops: Any = np.isin(ids[:-1], self.codec.stop_ids) & answers[:-1] & answers[1:]
         self.counts["stops_inside"] = int(stops.sum())
         offsets = np.array(self.offsets, np.int64).reshape(-1, 3)
         return Encoded(ids, learn, offsets, self.counts, dict(self.shown, bad=tally.messages), error)

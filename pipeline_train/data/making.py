@@ -79,6 +79,8 @@ class Work:
         except OSError as error:
             raise UserError("%s: cannot be read: %s" % (self.name, error.strerror or error)) from None
         rules = [self.path.suffix.lower(), self.seq_len, self.data.on_bad, self.data.over_long, VERSION, packing.VERSION]
+        if self.data.learn != "answers":
+            rules.append(self.data.learn)  # the default has no part in it: what was encoded before there was a choice is found
         return _digest([found.hexdigest(), self.codec.fingerprint()] + rules)[:32]
 
     def _hash(self, file: IO[bytes], found: Any, done: int) -> int:
@@ -146,7 +148,7 @@ class Work:
         return facts
 
     def _encode(self, journal: Journal, found: Totals) -> None:
-        encoder = BlockEncoder(self.codec, self.path, self.seq_len, self.data.over_long, self.data.on_bad)
+        encoder = BlockEncoder(self.codec, self.path, self.seq_len, self.data.learn, self.data.over_long, self.data.on_bad)
         blocks = files.blocks(self.path)
         done = 0
         for block in itertools.islice(blocks, journal.blocks):

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline_train import config
-from pipeline_train.data import arrays, files
+from pipeline_train.data import arrays, files, making
 from pipeline_train.data.encode import IGNORED, TextCodec
 from pipeline_train.data.feed import Feed, prepare
 from pipeline_train.data.records import read
@@ -195,6 +195,31 @@ def test_what_follows_the_last_learnt_token_of_a_cut_sample_is_not_kept(tmp_path
     encode(tmp_path, codec, [{"type": "conversation", "rounds": rounds}], seq_len=64)
     ids, learn = (np.load(tmp_path / "data" / ("train.%s.npy" % name)) for name in ("ids", "learn"))
     assert len(ids) < 64 and learn[-1] and ids[-1] == codec.eos_id
+
+
+def test_prompts_are_learnt_too_where_run_yaml_says_so(tmp_path, codec):
+    """Up to the last answer, over-long prompts up to seq_len; an end of turn in between is no accident."""
+    rounds = [["ask", "a"], ["ans", "red"], ["ask", "b"], ["ans", "blue"], ["ask", "c"]]
+    values = [{"type": "conversation", "rounds": rounds}, DEEP, SHORT, {"type": "pretrain", "text": text(200, 4)}]
+    answers = encode(tmp_path, codec, values)
+    made = encode(tmp_path, codec, values, learn="all")
+    ids, learn, offsets = (np.load(tmp_path / "data" / ("train.%s.npy" % name)) for name in ("ids", "learn", "offsets"))
+    whole = [codec.encode(record).ids for record in read(tmp_path / "d.jsonl")]
+    whole[1] = whole[1][:129]
+    assert ids.tolist() == sum(whole, []) and learn.tolist() == sum([[False] + [True] * (len(one) - 1) for one in whole], [])
+    assert offsets[:3, 2].tolist() == [1, 2, 3] and made["learnt_tokens"] == sum(len(one) - 1 for one in whole)
+    assert (answers["nothing_to_learn"], made["nothing_to_learn"], made["truncated"]) == (1, 0, 1)
+    assert made["hash"] != answers["hash"] and made["warnings"] == []
+
+
+def test_the_default_of_what_is_learnt_has_no_part_in_the_key(tmp_path, codec, monkeypatch):
+    """Data that was encoded before there was data.learn is found again."""
+    digested = []
+    monkeypatch.setattr(making, "_digest", lambda parts: digested.append(parts) or "0" * 64)
+    for learn in ("answers", "all"):
+        encode(tmp_path, codec, [SHORT], learn=learn)
+    keys = [parts for parts in digested if ".jsonl" in parts]
+    assert len(keys) == 2 and keys[1] == keys[0] + ["all"]
 
 
 def test_over_long_dropped_or_refused(tmp_path, codec):

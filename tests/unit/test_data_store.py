@@ -272,13 +272,13 @@ def test_kept_data_is_found_by_content(tmp_path, codec, small, monkeypatch):
     assert encode(other, codec, tmp_path / "b", **setting) == second  # in its own folder already
     shutil.rmtree(str(root))
     assert encode(other, codec, tmp_path / "b", **setting) == second and not seen, "not even the cache is needed then"
-    for changed in ({"seq_len": 33}, {"over_long": "drop"}, {"cache": str(root)}):
+    for changed in ({"seq_len": 33}, {"over_long": "drop"}, {"learn": "all"}, {"cache": str(root)}):
         encode(path, codec, tmp_path / "c", **{**setting, **changed})
         assert seen, changed
         seen.clear()
     write(path, records(60, bad=(9,))[:-1])
     encode(path, codec, tmp_path / "c", **setting)
-    assert seen and len([p for p in root.iterdir() if p.is_dir()]) == 4
+    assert seen and len([p for p in root.iterdir() if p.is_dir()]) == 5
 
 
 def test_another_tokenizer_is_other_data(tmp_path, codec, small, monkeypatch):
