@@ -4,6 +4,8 @@ import codecs
 import logging
 import os
 import random
+import socket
+import ssl
 import time
 from typing import Any, Callable, Iterator, List, Optional, Union
 
@@ -96,12 +98,14 @@ class Lines:
 
 def reason(error: BaseException) -> str:
     """The system's own words behind the libraries' chain of exceptions, ``Connection refused`` say; else what they say."""
-    todo: List[Any] = [error]
+    chain: List[Any] = [error]
     for number in range(20):  # chains can be loops
-        if number == len(todo):
+        if number == len(chain):
             break
-        one = todo[number]
-        if isinstance(one, OSError) and one.errno:
-            return os.strerror(one.errno)
-        todo += [next_ for next_ in (one.__cause__, one.__context__, *one.args) if isinstance(next_, BaseException)]
-    return str(error) or type(error).__name__
+        one = chain[number]
+        chain += [next_ for next_ in (one.__cause__, one.__context__, *one.args) if isinstance(next_, BaseException)]
+    for one in chain:
+        if isinstance(one, (socket.gaierror, ssl.SSLError)) and one.strerror:  # their numbers are not the system's
+            return str(one.strerror)
+    numbers = [one.errno for one in chain if isinstance(one, OSError) and one.errno]
+    return os.strerror(numbers[0]) if numbers else str(error) or type(error).__name__

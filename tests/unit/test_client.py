@@ -137,6 +137,17 @@ def test_a_server_that_is_not_there_yet(kind):
     assert str(error.value) == url + ": Connection refused"  # not the libraries' chain of exceptions
 
 
+@both
+def test_a_host_that_nobody_knows_and_a_server_without_tls_are_called_so(kind):
+    """Their errors have numbers of their own, which the system has other words for."""
+    with pytest.raises(library.Unreachable) as error:
+        kind("http://nowhere.invalid:80", retries=0).call("generate", "x")
+    assert re.match("http://nowhere.invalid:80: .*(not known|No address|[Nn]ame resolution)", str(error.value))
+    with Stub(whole(WHOLE)) as stub, pytest.raises(library.Unreachable) as error:
+        kind(stub.url.replace("http:", "https:"), retries=0).call("generate", "x")
+    assert "SSL" in str(error.value) or "TLS" in str(error.value)
+
+
 def test_a_web_page_is_not_shown():
     error = replies.error_of(501, b"<!DOCTYPE HTML>\n<html>...")
     assert str(error) == "an HTML page with code 501; is this another server's port?"
