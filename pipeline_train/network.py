@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import ipaddress
 import os
+import random
 import re
 import socket
 import struct
@@ -25,6 +26,8 @@ IF_INET6 = Path("/proc/net/if_inet6")
 SIOCGIFCONF = 0x8912  # netdevice(7)
 IFREQ, MOST = 40, 1024  # bytes of one struct ifreq; interfaces asked for
 ANY_PORT = 9  # nothing is sent there
+PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+FIRST_PORT = 10000
 
 
 class Carried(NamedTuple):
@@ -133,7 +136,14 @@ def _instead() -> str:
 
 
 def free_port() -> int:
-    """On the loopback interface, for processes of this machine alone."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """On the loopback interface, for processes of this machine alone. Where it can be, below those that the kernel gives to
+    connections (ip_local_port_range, ip(7)): until the processes have started, seconds later, one of these could have got it."""
+    end = 32768
+    with contextlib.suppress(OSError, ValueError):
+        end = int(PORT_RANGE.read_text(encoding="ascii").split()[0])
+    chance = random.SystemRandom()  # not the generator that a run has seeded
+    for port in [chance.randrange(FIRST_PORT, end) for _ in range(50) if end > FIRST_PORT] + [0]:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise UserError("no port of the loopback interface is free")

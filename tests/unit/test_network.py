@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -139,3 +140,23 @@ def test_in_a_network_of_its_own() -> None:
     assert answers["fd01::77"][0] == answers["fd01::2"][0] == "eth6" and answers["127.0.0.1"][0] == "lo"
     assert "through docker0 only" in answers["172.17.0.9"] and "through veth1 only" in answers["10.5.0.1"]
     assert answers["192.0.2.1"].startswith("192.0.2.1: no route from this machine leads there (Network is unreachable)")
+
+
+def test_a_free_port_is_none_that_an_outgoing_connection_could_get_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.setattr(network, "PORT_RANGE", tmp_path / "range")
+    (tmp_path / "range").write_text("20000\t60999\n")
+    ports = {network.free_port() for _ in range(20)}
+    assert len(ports) > 10 and all(10000 <= port < 20000 for port in ports)
+    (tmp_path / "range").write_text("1024\t60999\n")  # of a machine whose kernel gives out all of them
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", network.free_port()))
+
+
+def test_without_a_free_port_there_is_a_line(monkeypatch):
+    def bind(self, address):
+        raise OSError(98, "Address already in use")
+
+    monkeypatch.setattr(network.socket, "socket", type("Taken", (socket.socket,), {"bind": bind}))
+    with pytest.raises(UserError) as error:
+        network.free_port()
+    assert str(error.value) == "no port of the loopback interface is free"
