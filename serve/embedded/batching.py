@@ -1,6 +1,7 @@
 """The model thread. Requests join and leave the batch between tokens; nobody waits for somebody else's end.
 
     submitted -> waiting (in order) -> joining (its prompt is read, piece by piece) -> running (one token per step) -> gone
+                                                                                        paused, where room is short (seats)
 
 Each turn reads some ``TURN`` prompt tokens and then decodes one token for everyone who runs, so a long prompt slows the others
 down but never stops them. Prompts are read in pieces of a fixed size, several in one pass only where that changes no bit.
@@ -9,8 +10,7 @@ down but never stops them. Prompts are read in pieces of a fixed size, several i
 import asyncio
 import logging
 import time
-from collections import deque
-from typing import Callable, Deque, List, Optional, Sequence, Tuple, Union
+from typing import Callable, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .inbox import STOPPING, Event, Inbox, hand_over
 from .metrics import Metrics
 from .row import BROKEN, Job, Row, choose, words
 from .sampling import Choice
+from .seats import Seats
 from .text import Text
 from .worker import Worker
 
@@ -30,17 +31,13 @@ TURN = 256  # prompt tokens between two decode steps; the last piece may go beyo
 
 
 class Scheduler:
-    """Owns the engine and ``worker``, the thread in which that was loaded. ``max_rows`` requests run at once, and rows x the
-    longest one's tokens stay within ``max_tokens``."""
+    """Owns the engine and ``worker``, the thread in which that was loaded. ``max_rows``, ``max_tokens``: see Seats."""
 
     def __init__(self, engine: Engine, worker: Worker, text: Text, metrics: Metrics, max_rows: int, max_tokens: int) -> None:
         self._worker, self._engine, self._text, self._metrics = worker, engine, text, metrics
         engine.before_recording = self._deliver
-        self._max_rows, self._max_tokens = max_rows, max_tokens
+        self._seats = Seats(engine, text, max_rows, max_tokens, lambda job, error: self._out.append((job, failed(words(error)))))
         self._inbox = Inbox()
-        self._waiting: Deque[Job] = deque()
-        self._rows: List[Row] = []  # row i of the cache; a joining one comes last
-        self._joining: Optional[Row] = None
         self._out: List[Tuple[Job, Event]] = []
         self._loop: Optional[asyncio.AbstractEventLoop] = None
         self.suspect = False  # the last forward pass failed
@@ -66,14 +63,16 @@ class Scheduler:
                 while self._turn():
                     pass
         finally:
-            self._fail(STOPPING, list(self._waiting) + self._inbox.close())
+            self._fail(STOPPING, self._seats.queued + self._inbox.close())
 
     def _turn(self) -> bool:
         """False: stop. Whatever is raised here is one failed pass: everybody needs this thread."""
         try:
             if not self._take():
                 return False
-            self._drop_cancelled()
+            self._seats.drop_cancelled()
+            self._gauges()
+            self._seats.settle()
             self._join()
             self._decode()
         except Exception as error:  # noqa: BLE001 - a model, Triton's compiler
@@ -84,34 +83,27 @@ class Scheduler:
 
     def _take(self) -> bool:
         """New requests from the inbox; waits for one when there is nothing to do. False: stop."""
-        idle = not self._rows and not self._waiting
+        idle = self._seats.empty
         if idle:
-            self._safely(lambda: self._engine.rest(self._max_tokens))
+            self._safely(lambda: self._engine.rest(self._seats.max_tokens))
             self._gauges()
         while idle or not self._inbox.empty():
             job = self._inbox.get()
             if job is None:
                 return False
-            self._waiting.append(job)
+            self._seats.waiting.append(job)
             idle = False
         return True
 
-    def _drop_cancelled(self) -> None:
-        for row in [row for row in self._rows if row.job.cancelled]:
-            self._leave(row)
-        if any(job.cancelled for job in self._waiting):
-            self._waiting = deque(job for job in self._waiting if not job.cancelled)
-        self._gauges()
-
     def _gauges(self) -> None:
-        self._metrics.gauge("tgi_queue_size", len(self._waiting))
-        self._metrics.gauge("tgi_batch_current_size", len(self._rows))
-        self._metrics.gauge("tgi_batch_current_max_tokens", sum(row.job.accepted.total for row in self._rows))
+        self._metrics.gauge("tgi_queue_size", len(self._seats.queued))
+        self._metrics.gauge("tgi_batch_current_size", len(self._seats.rows))
+        self._metrics.gauge("tgi_batch_current_max_tokens", sum(row.reserved for row in self._seats.rows))
 
     def _join(self) -> None:
         """Read prompts of waiting requests while this turn's share lasts."""
         left = TURN
-        while left > 0 and (self._joining or self._admit()):
+        while left > 0 and (self._seats.joining or self._seats.admit()):
             read = self._next_pieces(left)
             left -= sum(len(piece) for _, piece in read)
             started = self._metrics.begin("prefill", len(read))
@@ -122,7 +114,7 @@ class Scheduler:
                 if row.job.accepted.decoder_input_details:
                     row.add_prefill(self._text, piece, logits)
                 row.length += len(piece)
-            done = [row for row, _ in read if row is not self._joining]
+            done = [row for row, _ in read if row is not self._seats.joining]
             first = len(logits) - len(read)  # one prompt may have logits behind each of its tokens
             for row, choice in zip(done, choose(done, logits[first:][: len(done)], self._engine.best)):
                 self._add(row, choice)
@@ -131,8 +123,8 @@ class Scheduler:
         """What the next pass reads: the joining row's piece and, if the engine can, those of rows admitted behind it, up to about
         ``left`` tokens. A row whose prompt has been read then is no longer the joining one."""
         read: List[Tuple[Row, List[int]]] = []
-        while left > 0 and (self._joining or self._admit()):
-            row = self._joining
+        while left > 0 and (self._seats.joining or self._seats.admit()):
+            row = self._seats.joining
             assert row is not None
             alone = row.job.accepted.decoder_input_details or not self._engine.together
             if read and alone:
@@ -142,38 +134,21 @@ class Scheduler:
             left -= len(piece)
             if row.length + len(piece) < len(row.job.accepted.ids):
                 break
-            self._joining = None
+            self._seats.joining = None
             if alone:
                 break
         return read
 
     def _prefill(self, read: List[Tuple[Row, List[int]]]) -> Tensor:
         row, piece = read[0]
-        first = self._rows.index(row)
+        first = self._seats.rows.index(row)
         if len(read) == 1:
             return self._engine.prefill(first, piece, row.length, row.job.accepted.decoder_input_details)
         return self._engine.prefill_together(first, [piece for _, piece in read], [row.length for row, _ in read])
 
-    def _admit(self) -> bool:
-        """Let the next waiting request in if there is a row and room for all its tokens; the first one always has both."""
-        if not self._waiting or len(self._rows) >= self._max_rows:
-            return False
-        longest = max([self._waiting[0].accepted.total] + [row.job.accepted.total for row in self._rows])
-        if self._rows and (len(self._rows) + 1) * longest > self._max_tokens:
-            return False
-        job = self._waiting.popleft()
-        try:
-            self._joining = Row(job, self._text)
-        except BROKEN as error:  # its own failure, nobody else's
-            self._out.append((job, failed(words(error))))
-            return self._admit()
-        job.started = time.perf_counter()
-        self._rows.append(self._joining)
-        return True
-
     def _decode(self) -> None:
         """One more token for every running request."""
-        rows = [row for row in self._rows if row is not self._joining]
+        rows = self._seats.running
         if not rows:
             return
         started = self._metrics.begin("decode", len(rows))
@@ -196,33 +171,18 @@ class Scheduler:
             event = failed(words(error))
         if isinstance(event, ApiError):
             self._out.append((row.job, event))
-            self._leave(row)
+            self._seats.leave(row)
             return
         if row.job.stream or event.finish_reason:
             self._out.append((row.job, event))
         if event.finish_reason:
             row.job.finish(row)
-            self._leave(row)
-
-    def _leave(self, row: Row) -> None:
-        """Free the row. Running rows stay in front without holes and a joining one behind them, so up to two are moved."""
-        hole = self._rows.index(row)
-        if row is self._joining:
-            self._joining = None
-        last_running = len(self._rows) - (2 if self._joining else 1)
-        for source in [last_running] + ([last_running + 1] if self._joining else []):
-            if source > hole:
-                if self._rows[source].length:  # else nothing of it has been read, and the table may have no such row yet
-                    self._engine.move(source, hole)
-                self._rows[hole] = self._rows[source]
-                hole = source
-        self._rows.pop()
+            self._seats.leave(row)
 
     def _fail(self, text: str, others: Sequence[Job] = ()) -> None:
         """The forward pass broke: everybody in it (and ``others``) gets the error, those who wait do not."""
         self.suspect = True
-        self._out += [(job, failed(text)) for job in [row.job for row in self._rows] + list(others)]
-        self._rows, self._joining = [], None
+        self._out += [(job, failed(text)) for job in self._seats.clear() + list(others)]
         self._deliver()
         self._safely(self._engine.clear)
 
@@ -241,7 +201,7 @@ class Scheduler:
     @property
     def _behind(self) -> bool:
         """Events are handed over when the next decode pass has been launched: they are written while the GPU computes it."""
-        return self._engine.graphs and bool(self._rows)
+        return self._engine.graphs and bool(self._seats.rows)
 
     def _deliver(self) -> None:
         """Hand the turn's events to the event loop, all in one call."""

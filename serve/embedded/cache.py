@@ -4,7 +4,8 @@ row 0   k0 k1 k2 k3 k4 __ __ __      A request keeps its columns for its whole l
 row 1   k0 k1 __ __ __ __ __ __      there. Joining is writing into the next free row; leaving is copying the last row into the
 row 2   k0 k1 k2 __ __ __ __ __      hole.
 
-The tables grow by doubling. When nobody runs they are dropped, unless passes are recorded over them and they are small.
+The tables grow by doubling. One that was long once and has many rows later would be both: then it is trimmed. When nobody runs they
+are dropped, unless passes are recorded over them and they are small.
 """
 
 from dataclasses import dataclass, field
@@ -128,12 +129,32 @@ class SlotCache(Cache):
     def reserve(self, rows: int, columns: int) -> None:
         """At least so many. The first forward pass must have been: it makes the tables."""
         for tables in (self._keys, self._values):
-            tables[:] = [_copied(table, table, max(rows, table.shape[0]), max(columns, table.shape[2])) for table in tables]
+            for layer, table in enumerate(tables):  # one by one: the old and the new one are there together
+                tables[layer] = _copied(table, table, max(rows, table.shape[0]), max(columns, table.shape[2]))
+
+    def trim(self, rows: int, columns: int) -> None:
+        """No more than so many."""
+        for tables in (self._keys, self._values):
+            for layer, table in enumerate(tables):
+                tables[layer] = table[:rows, :, :columns].clone(memory_format=torch.contiguous_format)
 
     def move(self, source: int, target: int) -> None:
         """Copy a row over another row, in every layer."""
         tables = self._keys + self._values
         torch._foreach_copy_([table[target] for table in tables], [table[source] for table in tables])
+
+    def taken(self, row: int, length: int) -> List[Tensor]:
+        """The row's first ``length`` columns, layer by layer, copied to the host's memory; ``put`` them back. Of none, nothing."""
+        return [table[row, :, :length].to("cpu", copy=True) for table in (self._keys + self._values if length else [])]
+
+    def put(self, row: int, saved: List[Tensor]) -> None:
+        """What ``taken`` gave, into a row that need not be there yet."""
+        for tables, parts in ((self._keys, saved[: len(saved) // 2]), (self._values, saved[len(saved) // 2 :])):
+            for layer, part in enumerate(parts):
+                tables[layer] = _grown(tables[layer], tables[layer], row + 1, part.shape[1])
+        self.clean(row)
+        for table, part in zip(self._keys + self._values, saved):
+            table[row, :, : part.shape[1]] = part.to(table.device)
 
     def clean(self, row: int) -> None:
         """Nothing of an earlier request stays: a mask hides a number, but not an infinite one, which times 0 is NaN."""

@@ -16,7 +16,7 @@ from pipeline_train.errors import RunFailed, UserError
 from . import alibi, attention, fused, packed, trial
 from .cache import COLUMNS, FixedStep, SlotCache, Step
 from .loading import load, positions
-from .recorded import PIECES, Recorded, Run, graphs
+from .recorded import PIECES, Recorded, Run, graphs, needed
 
 LOG = logging.getLogger("pipedock.serve")
 SAME, DIFFERS = "", "its last bits depend on other requests"  # what a row gets in company
@@ -97,6 +97,25 @@ class Engine:
 
     def move(self, source: int, target: int) -> None:
         self._cache.move(source, target)
+
+    def taken(self, row: int, length: int) -> List[Tensor]:
+        """What there is of a row of ``length`` tokens, in the host's memory."""
+        return self._cache.taken(row, length)
+
+    def put(self, row: int, saved: List[Tensor]) -> None:
+        """What was ``taken`` of a row is in this one now, bit by bit."""
+        if self._recorded and saved:
+            self._recorded.room(row + 1, saved[0].shape[1])
+        self._cache.put(row, saved)
+
+    def fit(self, rows: int, columns: int, most: int) -> None:
+        """``rows`` are in use or will be at once, with at most ``columns``. Where tables for these and for all that there was room
+        for before would take more than ``most`` tokens' memory, they are cut to what is needed."""
+        have, need = self._cache.size, needed(rows, columns)
+        if (have[0] > need[0] or have[1] > need[1]) and max(have[0], need[0]) * max(have[1], need[1]) > most:
+            if self._recorded:
+                self._recorded.forget()
+            self._cache.trim(*need)
 
     def clear(self) -> None:
         """Give the memory of keys and values back."""

@@ -71,7 +71,7 @@ class Recorded:
         have_rows, have_columns = self._cache.size
         if have_rows < rows or have_columns <= columns:
             self.forget()
-            self._cache.reserve(_power(rows), columns + COLUMNS)
+            self._cache.reserve(*needed(rows, columns))
 
     def forget(self) -> None:
         self._runs.clear()
@@ -134,6 +134,11 @@ def graphs() -> Callable[[Run], Run]:
         return again
 
     return record
+
+
+def needed(rows: int, columns: int) -> Tuple[int, int]:
+    """Of a cache for so many, so that no pass is recorded again while they grow into it."""
+    return _power(rows), max(NARROWEST, _power(columns)) + COLUMNS
 
 
 def _power(number: int) -> int:

@@ -51,6 +51,11 @@ class Row:
         self._tail = ""
         self._before: Optional[Tensor] = None  # log-probabilities behind the last prompt token read, [V]
 
+    @property
+    def reserved(self) -> int:
+        """For how many tokens to keep room, the next one with them."""
+        return self.job.accepted.reserved(self.length + 1)
+
     def add_prefill(self, text: Text, piece: List[int], logits: Tensor) -> None:
         """Log-probabilities of the prompt's tokens ``piece`` given those before; ``logits`` [n, V] stand behind each of them."""
         behind = torch.log_softmax(logits, -1)

@@ -52,6 +52,11 @@ class Accepted:
     def total(self) -> int:
         return len(self.ids) + self.max_new_tokens
 
+    def reserved(self, tokens: int = 0) -> int:
+        """For how many tokens to keep room once there are ``tokens``: whole legs behind the prompt, at most all."""
+        legs = max(1, -(-(tokens - len(self.ids)) // LEG))
+        return min(self.total, len(self.ids) + legs * LEG)
+
 
 def check_best_of(best_of: int, limits: Limits) -> None:
     """Of a non-streaming request with ``best_of`` > 1, before anything else."""

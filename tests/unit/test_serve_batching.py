@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("starlette", reason="the embedded server needs Python 3.10")
 import torch  # noqa: E402
 
-from serve.embedded import batching  # noqa: E402
+from serve.embedded import batching, seats  # noqa: E402
 from serve.embedded.errors import ApiError  # noqa: E402
 from serve.embedded.row import Job  # noqa: E402
 from serve.embedded.validation import Accepted, Sampling  # noqa: E402
@@ -99,7 +99,7 @@ def test_a_prompt_that_ends_with_its_first_token_leaves_before_one_that_waits_to
 
 
 def test_a_request_that_cannot_begin_fails_alone(parts, monkeypatch):
-    scheduler, row = scheduler_of(parts), batching.Row
+    scheduler, row = scheduler_of(parts), seats.Row
     asked = [job([number] * 3, 2) for number in (5, 6, 7, 6)]
 
     def begins(one, text):
@@ -107,7 +107,7 @@ def test_a_request_that_cannot_begin_fails_alone(parts, monkeypatch):
             raise MemoryError("no room")
         return row(one, text)
 
-    monkeypatch.setattr(batching, "Row", begins)
+    monkeypatch.setattr(seats, "Row", begins)
     for one in asked:
         scheduler.submit(one)
 
