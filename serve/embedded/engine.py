@@ -110,7 +110,7 @@ class Engine:
 
     def fit(self, rows: int, columns: int, most: int) -> None:
         """``rows`` are in use or will be at once, with at most ``columns``. Where tables for these and for all that there was room
-        for before would take more than ``most`` tokens' memory, they are cut to what is needed."""
+        for before would take more than ``most`` tokens' memory, they are cut to what is needed; ``most`` is more than that."""
         have, need = self._cache.size, needed(rows, columns)
         if (have[0] > need[0] or have[1] > need[1]) and max(have[0], need[0]) * max(have[1], need[1]) > most:
             if self._recorded:

@@ -137,8 +137,17 @@ def graphs() -> Callable[[Run], Run]:
 
 
 def needed(rows: int, columns: int) -> Tuple[int, int]:
-    """Of a cache for so many, so that no pass is recorded again while they grow into it."""
-    return _power(rows), max(NARROWEST, _power(columns)) + COLUMNS
+    """Rows and columns of a cache for so many, so that no pass is recorded again while they grow into it: a short prompt is padded
+    to a whole piece."""
+    return _power(rows), max(PIECES[-1], _power(columns)) + COLUMNS
+
+
+def most_needed(rows: int, tokens: int) -> int:
+    """Rows x columns that ``needed`` never goes beyond for up to so many rows, and rows x columns of up to so many tokens.
+
+    Short rows: all of the narrowest. Others, r of them with c > PIECES[-1]: less than 2 r x (2 c + COLUMNS), 4.5 r c."""
+    short = needed(rows, 1)
+    return max(5 * tokens, short[0] * short[1])
 
 
 def _power(number: int) -> int:

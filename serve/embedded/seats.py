@@ -13,6 +13,7 @@ from typing import Callable, Deque, List, NamedTuple, Optional
 from torch import Tensor
 
 from .engine import Engine
+from .recorded import most_needed
 from .row import BROKEN, Job, Row
 from .text import Text
 
@@ -33,7 +34,7 @@ class Seats:
         self, engine: Engine, text: Text, max_rows: int, max_tokens: int, lost: Callable[[Job, BaseException], None]
     ) -> None:
         self._engine, self._text, self._lost = engine, text, lost
-        self.max_rows, self.max_tokens = max_rows, max_tokens
+        self.max_rows, self.max_tokens, self._most = max_rows, max_tokens, most_needed(max_rows, max_tokens)
         self.waiting: Deque[Job] = deque()
         self.paused: List[Paused] = []  # oldest first, all of them newer than those in ``rows``
         self.rows: List[Row] = []
@@ -75,10 +76,13 @@ class Seats:
 
     def _pause(self, row: Row) -> None:
         try:
-            self.paused.insert(0, Paused(row, self._engine.taken(self.rows.index(row), row.length)))
+            saved = self._engine.taken(self.rows.index(row), row.length)
         except BROKEN as error:  # the host's memory is full: this one ends, the others go on
             self._lost(row.job, error)
-        self.leave(row)
+            self.leave(row)
+            return
+        self.leave(row)  # where that fails, it fails with all others
+        self.paused.insert(0, Paused(row, saved))
 
     def _fits(self, reserved: int) -> bool:
         longest = self._longest(reserved)
@@ -88,9 +92,8 @@ class Seats:
         return max([reserved] + [row.reserved for row in self.rows])
 
     def _fit(self) -> None:
-        """Tables that grow by doubling are less than four times as large as what is in them: so much they may take."""
         if self.rows:
-            self._engine.fit(len(self.rows), self._longest(), 4 * self.max_tokens)
+            self._engine.fit(len(self.rows), self._longest(), self._most)
 
     def admit(self) -> bool:
         """Let the next waiting request in if there is room: it is the joining one then."""

@@ -128,7 +128,9 @@ def test_an_error_in_the_middle_is_the_last_event():
     assert last == b'data: {"error":"Request failed during generation: Server error: x","error_type":"generation"}\n\n'
 
 
-def test_health_probes_after_a_failure():
+def test_health_probes_after_a_failure(monkeypatch):
+    usual = asyncio.wait_for
+
     async def work():
         service = made(lambda job: token(job, "a", "length"))
         assert await service.healthy() and not service.scheduler.jobs
@@ -136,6 +138,11 @@ def test_health_probes_after_a_failure():
         assert await service.healthy() and len(service.scheduler.jobs) == 1
         service.scheduler.play = lambda job: job.events.put_nowait(failed("still broken"))
         assert not await service.healthy()
+        monkeypatch.setattr(asyncio, "wait_for", lambda waited, seconds: usual(waited, 0.2))
+        for works in (False, True):  # those before the probe have the batch for themselves
+            service.scheduler.suspect = True
+            service.scheduler.play = lambda job, works=works: setattr(service.scheduler, "suspect", not works)
+            assert await service.healthy() is works
         service.scheduler.alive = False
         assert not await service.healthy()
         with pytest.raises(ApiError, match="the model thread has ended"):
