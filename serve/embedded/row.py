@@ -41,20 +41,22 @@ class Job:
 
 
 class Row:
-    """A job in the batch. ``length``: its tokens in the cache; ``tokens``: generated ones, the last not yet in the cache."""
+    """A job in the batch. ``length``: its tokens in the cache; ``reserved``: for how many room is kept there; ``tokens``: generated
+    ones, the last not yet in the cache."""
 
     def __init__(self, job: Job, text: Text) -> None:
         self.job, self.length = job, 0
+        self.reserved = job.accepted.reserved()
         self.tokens = job.tokens
         self.sampler = Sampler(job.accepted.sampling, job.accepted.ids)
         self.spelling = Spelling(text, job.accepted.ids)
         self._tail = ""
         self._before: Optional[Tensor] = None  # log-probabilities behind the last prompt token read, [V]
 
-    @property
-    def reserved(self) -> int:
-        """For how many tokens to keep room, the next one with them."""
-        return self.job.accepted.reserved(self.length + 1)
+    def reserve(self) -> None:
+        """Before a turn: the next token has room too."""
+        if self.length >= self.reserved:
+            self.reserved = self.job.accepted.reserved(self.length + 1)
 
     def add_prefill(self, text: Text, piece: List[int], logits: Tensor) -> None:
         """Log-probabilities of the prompt's tokens ``piece`` given those before; ``logits`` [n, V] stand behind each of them."""

@@ -63,6 +63,8 @@ class Seats:
 
     def settle(self) -> None:
         """Before a turn: the newest pause while there is no room for all; those who have paused come back when there is."""
+        for row in self.rows:
+            row.reserve()
         while len(self.rows) > 1 and len(self.rows) * self._longest() > self.max_tokens:
             self._pause(max(self.rows, key=lambda row: row.job.started))
         self._fit()

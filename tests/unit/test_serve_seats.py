@@ -138,7 +138,13 @@ def test_a_prompt_that_is_being_read_pauses_too(parts, seen, monkeypatch):
     wanted = bits(alone(parts, [reader()])[0])
     talker, late = job([5, 9, 20], COUNT, stream=True), reader()
     scheduler = scheduler_of(parts, max_tokens=2 * (len(prompt) + 5))
-    monkeypatch.setattr(Accepted, "reserved", lambda self, tokens=0: 10 * self.total if 20 < tokens < 40 else self.total)
+
+    def reserve(row):
+        total = row.job.accepted.total
+        row.reserved = 10 * total if 20 < row.length + 1 < 40 else total
+
+    monkeypatch.setattr(Accepted, "reserved", lambda self, tokens=0: self.total)
+    monkeypatch.setattr(batching.Row, "reserve", reserve)
     together(scheduler, [talker, late])
     assert bits(late) == wanted and [token.id for token in late.prefill] == prompt
     assert ("pause", 2) in [(what, rows) for what, length, rows in seen if 0 < length < len(prompt)]
@@ -260,7 +266,7 @@ def test_a_row_that_cannot_be_moved_fails_with_the_others_and_does_not_come_back
             raise RuntimeError("out of order")
 
     seated = seats.Seats(Broken(), None, 4, 10, lambda *lost: None)
-    seated.rows = [SimpleNamespace(job=SimpleNamespace(started=when), reserved=5, length=3) for when in (1, 3, 2)]
+    seated.rows = [SimpleNamespace(job=SimpleNamespace(started=when), reserved=5, length=3, reserve=list) for when in (1, 3, 2)]
     with pytest.raises(RuntimeError):
         seated.settle()
     assert seated.paused == [] and [one.started for one in seated.clear()] == [1, 3, 2]
