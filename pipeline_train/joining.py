@@ -144,12 +144,12 @@ class _Hall:
                 write_frame(sock, {"kind": "refused", "line": refusal})
             part(sock)
         except (OSError, EOFError, ValueError, KeyError, TypeError):
-            sock.close()
             with self.lock:
                 self.strangers += 1
                 first = self.strangers == 1  # a port scanner comes back
             if first and not self.closed:
                 self.meeting.say("a connection from %s was no pipedock train; ignored" % peer[0])
+            sock.close()
 
     def _refusal(self, hello: Document, node: int, name: str) -> str:
         if hello.get("protocol") != PROTOCOL:

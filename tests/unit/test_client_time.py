@@ -24,11 +24,16 @@ def test_timeout_and_deadline(kind):
         with pytest.raises(library.TimedOut, match="no complete answer within 0.5 s"):
             kind(stub.url, deadline=0.5).call("generate_stream", "x")
         assert time.monotonic() - started < 2
+
+
+@both
+def test_what_would_pass_the_deadline_is_not_waited_for(kind, monkeypatch):
+    monkeypatch.setattr("serve.calls.random.uniform", lambda low, high: high)  # pauses of 1, 2, 4 s
     with Stub(whole(OVERLOADED, 429)) as stub:
         started = time.monotonic()
         with pytest.raises(library.Overloaded):
-            kind(stub.url, deadline=0.5, backoff=0.2, retries=50).call("generate", "x")
-        assert time.monotonic() - started < 1.5
+            kind(stub.url, deadline=3, backoff=1, retries=50).call("generate", "x")
+        assert time.monotonic() - started < 2.9 and len(stub.seen) == 2
 
 
 @both
