@@ -159,9 +159,8 @@ def test_too_many_are_told_so_and_the_others_go_on(small_server, model):
     started.wait(30)
     document = b'{"error":"Model is overloaded","error_type":"overloaded"}'
     refused = {"inputs": "x", "parameters": {"temperature": -1}}
-    before = time.monotonic()
     assert small_server.curl("/generate", *KEY, body=refused) == (429, "application/json", document)
-    assert time.monotonic() - before < 2
+    assert not results  # it did not wait for a place
     assert small_server.curl("/generate_stream", *KEY, body=refused) == (200, "text/event-stream", b"data: " + document + b"\n\n")
     chat = {"messages": [{"role": "user", "content": "x"}], "stream": True}
     event = b'data: {"error":{"message":"Model is overloaded","http_status_code":422}}\n\ndata: [DONE]\n\n'

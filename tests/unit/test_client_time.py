@@ -23,7 +23,7 @@ def test_timeout_and_deadline(kind):
         started = time.monotonic()
         with pytest.raises(library.TimedOut, match="no complete answer within 0.5 s"):
             kind(stub.url, deadline=0.5).call("generate_stream", "x")
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 4  # all of it takes 5 s
 
 
 @both
@@ -39,11 +39,11 @@ def test_what_would_pass_the_deadline_is_not_waited_for(kind, monkeypatch):
 @both
 def test_a_deadline_ends_a_read_that_began_before_it(kind):
     """A byte shortly before the deadline does not give the next read the whole time again."""
-    with Stub((200, [b":\n\n"] * 3, 1.2)) as stub:
+    with Stub((200, [b":\n\n"] * 3, 2.0)) as stub:
         started = time.monotonic()
-        with pytest.raises(library.TimedOut, match="no complete answer within 1.5 s"):
-            kind(stub.url, deadline=1.5).call("generate_stream", "x")
-        assert 1.3 < time.monotonic() - started < 2.1  # the next byte comes after 2.4 s
+        with pytest.raises(library.TimedOut, match="no complete answer within 2.5 s"):
+            kind(stub.url, deadline=2.5).call("generate_stream", "x")
+        assert 2.4 < time.monotonic() - started < 3.9  # the next byte comes after 4 s
 
 
 @both
