@@ -43,7 +43,7 @@ def parse(raw: Dict[str, Any], where: str = "run.yaml") -> RunConfig:
     try:
         config = msgspec.convert(number_strings(raw, RunConfig), RunConfig)
     except msgspec.ValidationError as error:
-        raise UserError("%s: %s" % (where, plain(str(error), RunConfig))) from None
+        raise UserError("%s: %s" % (where, plain(str(error), RunConfig, raw))) from None
     _check(config, where)
     _expand(config)
     return config

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import textwrap
 from typing import Any, Dict, List
 
 import msgspec
@@ -106,16 +107,34 @@ def _as_number(value: Any) -> Any:
         return value
 
 
-def plain(message: str, struct: Any) -> str:
-    """msgspec's "Expected `int`, got `str` - at `$.a.b`" -> "a.b: expected int, got str"; a wrong choice lists the right ones."""
+KINDS = {
+    "str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "array": "a list", "object": "a section",
+    "null": "nothing",
+}  # fmt: skip
+
+
+def plain(message: str, struct: Any, raw: Any) -> str:
+    """msgspec's "Expected `int`, got `str` - at `$.a.b`" -> "a.b: expected a whole number, got 'two'", which is what ``raw`` has
+    there; a wrong choice lists the right ones."""
     text, _, place = message.replace("`", "").partition(" - at $.")
     text = text[0].lower() + text[1:]
     if text.startswith("object missing required field "):
         name = text.rsplit(" ", 1)[1]
         return "%s: missing. It has no default." % (place + "." + name if place else name)
+    wanted = re.match("expected (.*), got [a-z]+$", text)
     if text.startswith("invalid enum value "):
         text = "expected %s, got %s" % (" or ".join(_choices(struct, place.split("."))), text[len("invalid enum value ") :])
+    elif wanted and place:
+        words = [choice for choice in _choices(struct, re.sub(r"\[\d+\]", "", place).split(".")) if choice != "a list"]
+        kinds = [" or ".join(words) if words and kind == "str" else KINDS.get(kind, kind) for kind in wanted.group(1).split(" | ")]
+        text = "expected %s, got %s" % (" or ".join(kinds), textwrap.shorten(repr(_value(raw, place)), 80, placeholder=" ..."))
     return "%s: %s" % (place, text) if place else text
+
+
+def _value(raw: Any, place: str) -> Any:
+    for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", place):
+        raw = raw[key] if key else raw[int(index)]
+    return raw
 
 
 def _choices(struct: Any, path: List[str]) -> List[str]:
