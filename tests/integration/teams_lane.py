@@ -20,6 +20,7 @@ rank, logs, all_logs = int(os.environ["RANK"]), %r, %r
 open(logs + "/pid_%%d" %% rank, "w").write(str(os.getpid()))
 def done(**more): os.write(int(os.environ["PIPEDOCK_PROGRESS"]), json.dumps({"done": dict(more, steps=3)}).encode() + b"\\n")
 def error(line): open(logs + "/rank_%%d.error" %% rank, "w").write(line + "\\n"); os._exit(1)
+def ready(what): open(logs + "/%%s_%%d" %% (what, rank), "w").close()
 def others():
     while sum(os.path.exists(path + "/pid_%%d" %% r) for path in all_logs for r in range(3)) < 3: time.sleep(0.01)
 """
@@ -63,11 +64,19 @@ class Run:
             self.launchers.append(subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
 
     def started(self):
+        self.until(lambda: len(self.pids()) == 3)
+        return self
+
+    def ready(self, what, ranks=3):
+        """Once so many ranks have said so."""
+        self.until(lambda: sum(len(list(logs.glob(what + "_*"))) for logs in self.logs) == ranks)
+        return self
+
+    def until(self, there):
         deadline = time.monotonic() + 30
-        while len(self.pids()) < 3:
+        while not there():
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        return self
 
     def pids(self):
         """rank -> process."""
@@ -95,11 +104,10 @@ def test_rank_0s_summary_ends_both_when_all_ranks_have_ended(tmp_path):
 
 def test_a_stop_that_was_wished_for_is_told_with_its_signal(tmp_path):
     body = "from pipeline_train.pulse import Pulse\npulse = Pulse.inherited(); pulse.start_beating(); pulse.step_done(3)\n"
-    body += "stop = logs + '/../stop'\n"
+    body += "ready('stepped')\nstop = logs + '/../stop'\n"
     body += "while not os.path.exists(stop):\n    time.sleep(0.02)\n    if pulse.wishes()[0]: open(stop, 'w').close()\n"
     body += "if rank == 0: done(stopped=True)"
-    run = Run(tmp_path, body).started()
-    time.sleep(1.0)
+    run = Run(tmp_path, body).ready("stepped")
     run.launchers[1].send_signal(signal.SIGTERM)
     assert run.end() == ["Stopped: stopped by SIGTERM on node 1 (b) after saving step 3"] * 2
 
@@ -107,11 +115,12 @@ def test_a_stop_that_was_wished_for_is_told_with_its_signal(tmp_path):
 def test_a_wish_to_save_of_another_node_comes_to_node_0(tmp_path):
     body = "from pipeline_train.pulse import Pulse\npulse = Pulse.inherited(); pulse.start_beating(); pulse.step_done(3)\n"
     body += "stop = logs + '/../stop'\n"
-    body += "if rank == 0:\n    while pulse.wishes() != (0, 2): time.sleep(0.02)\n    open(stop, 'w').close()\n    done()\n"
-    run = Run(tmp_path, body + "while not os.path.exists(stop): time.sleep(0.02)").started()
-    time.sleep(0.5)
+    body += "ready('stepped')\n"
+    body += "if rank == 0:\n    while pulse.wishes() != (0, 1): time.sleep(0.02)\n    ready('wished')\n"
+    body += "    while pulse.wishes() != (0, 2): time.sleep(0.02)\n    open(stop, 'w').close()\n    done()\n"
+    run = Run(tmp_path, body + "while not os.path.exists(stop): time.sleep(0.02)").ready("stepped")
     run.launchers[1].send_signal(signal.SIGUSR1)
-    time.sleep(1.0)
+    run.ready("wished", ranks=1)
     run.launchers[1].send_signal(signal.SIGUSR1)
     assert run.end() == ["summary {'steps': 3}"] * 2
 
@@ -126,7 +135,6 @@ def test_a_rank_that_fails_on_another_node_is_the_cause_not_the_echo_here(tmp_pa
 
 def test_a_rank_that_is_killed_on_another_node(tmp_path):
     run = Run(tmp_path, "others()\ntime.sleep(60)").started()
-    time.sleep(0.5)
     os.kill(run.pids()[1], signal.SIGKILL)
     lines = run.end()
     assert lines[0].startswith("Verdict: rank 1 on node 1 (b): was killed by SIGKILL (out of memory?")
@@ -135,9 +143,8 @@ def test_a_rank_that_is_killed_on_another_node(tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_launcher_that_is_killed_is_named_by_the_other(tmp_path, victim):
-    body = "from pipeline_train.worker import die_with_parent\ndie_with_parent()\nothers()\ntime.sleep(60)"
-    run = Run(tmp_path, body).started()
-    time.sleep(0.5)
+    body = "from pipeline_train.worker import die_with_parent\ndie_with_parent()\nready('bound')\nothers()\ntime.sleep(60)"
+    run = Run(tmp_path, body).ready("bound")
     began = time.monotonic()
     run.launchers[victim].kill()
     line = run.end()[1 - victim]
