@@ -21,6 +21,7 @@ from pipeline_train.errors import RunFailed
 from serve import launch, state
 from serve.client import Client, ClientError
 from tests.contract.conftest import Served
+from tests.contract.test_load import gauge, until
 from tests.free_port import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,7 +150,7 @@ def test_what_is_not_done_when_the_server_must_stop_is_cut_in_one_line(tmp_path)
     threads = [threading.Thread(target=ask, args=(path,)) for path in ("/generate", "/generate_stream")]
     for thread in threads:
         thread.start()
-    time.sleep(1)
+    assert until(lambda: gauge(served) == 2)
     assert served.stop() == 0
     for thread in threads:
         thread.join(30)
