@@ -167,7 +167,7 @@ def test_a_second_interrupt_ends_the_server_at_once(pipedock, tmp_path):
         for _ in range(2):  # to the command alone, as a supervisor sends it
             os.kill(process.pid, signal.SIGINT)
             time.sleep(1)
-        process.wait(15)
+        process.wait(60)
         with pytest.raises(ClientError):
             list(stream)
     said = process.stderr.read() + Path(document["log"]).read_text()

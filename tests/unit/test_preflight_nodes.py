@@ -120,7 +120,7 @@ def test_a_port_that_is_in_use() -> None:
 
 def test_a_firewall_that_drops(monkeypatch: pytest.MonkeyPatch) -> None:
     """A listener whose queue is full: the kernel drops what comes, as a firewall does. Node 1's door is such a one."""
-    monkeypatch.setattr(wires, "KNOCK_S", 0.3)
+    monkeypatch.setattr(wires, "KNOCK_S", 2.0)
 
     class Walled(wires.Door):
         def __init__(self, host: str, port: int, node: int) -> None:

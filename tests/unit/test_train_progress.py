@@ -106,7 +106,7 @@ def shown_in_a_terminal(messages, last="", stages=2, **options):
                 time.sleep(0.05)
             say("said through stderr")
             shown.show({"say": "to know: [red]x"})
-            time.sleep(0.6)  # two frames
+            time.sleep(1.2)  # four frames
             %s
         finally:
             shown.close()
