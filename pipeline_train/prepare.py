@@ -39,7 +39,8 @@ Say = Callable[[str], None]  # takes a line for the user
 
 
 class Prepared(NamedTuple):
-    """``config`` is resolved. ``resume``: the checkpoint to go on from, which has done ``done`` of ``total`` steps."""
+    """``config`` is resolved. ``resume``: the checkpoint to go on from, which has done ``done`` of ``total`` steps. ``evaluate``:
+    nothing is left to train, but the evaluation behind the last step was cut off."""
 
     config: RunConfig
     out: Path
@@ -48,12 +49,7 @@ class Prepared(NamedTuple):
     total: int
     resume: Optional[Path]
     done: int
-
-    @property
-    def ended_before_evaluation(self) -> bool:
-        """Nothing is left to train, but the evaluation behind the last step was cut off."""
-        last = self.done == self.total and self.config.data.eval is not None
-        return last and not metrics.evaluated(self.out / "metrics.jsonl", self.done)
+    evaluate: bool = False
 
 
 def prepare(
@@ -111,11 +107,15 @@ def prepare(
     if saves:
         checkpoint_folder.check_room(run, dims, source.name, saves, say, layers, checkpoint)
     documents = {"versions.json": found, "data.json": dict(facts, pad_id=codec.pad_id), "plan.json": _planned(run, dims, stack)}
-    prepared = Prepared(run, out, dims, gpus, total, checkpoint, done)
-    if done < total or prepared.ended_before_evaluation or not resolved.stays(run, out):
+    if party is None or party.place.node == 0:
+        evaluate = done == total and run.data.eval is not None and not metrics.evaluated(out / "metrics.jsonl", done)
+    else:
+        evaluate = party.share()["evaluate"]
+    prepared = Prepared(run, out, dims, gpus, total, checkpoint, done, evaluate)
+    if done < total or evaluate or not resolved.stays(run, out):
         resolved.write(run, out, source, folder, codec, documents)
-    if party is not None:
-        party.share(_shared(prepared) if party.place.node == 0 else None)
+    if party is not None and party.place.node == 0:
+        party.share(_shared(prepared))
     return prepared
 
 
@@ -130,7 +130,7 @@ def _shared(prepared: Prepared) -> Dict[str, Any]:
     """What node 0 tells those for whom it has prepared."""
     digest = manifest.file_entry(prepared.out / "resolved" / "run.yaml")["sha256"]
     resume = prepared.resume.name if prepared.resume is not None else None
-    return {"run": digest, "total": prepared.total, "done": prepared.done, "resume": resume}
+    return {"run": digest, "total": prepared.total, "done": prepared.done, "resume": resume, "evaluate": prepared.evaluate}
 
 
 def _follow(party: Party, out: Path, gpus: int) -> Prepared:
@@ -141,7 +141,7 @@ def _follow(party: Party, out: Path, gpus: int) -> Prepared:
     run = config.load(folder / "run.yaml")
     dims = families.dims_of(families.read_config(str(folder / "model")))
     resume = None if told["resume"] is None else out / "checkpoints" / told["resume"]
-    return Prepared(run, out, dims, gpus, told["total"], resume, told["done"])
+    return Prepared(run, out, dims, gpus, told["total"], resume, told["done"], told["evaluate"])
 
 
 def _resolve_model(run: RunConfig, folder: Path, where: str, card: Optional[str], stack: str, say: Say) -> Dims:

@@ -65,8 +65,7 @@ def _train(loaded: Any, args: argparse.Namespace, party: Any, host: Any) -> Dict
     prepared = prepare(loaded, Path(args.config), args.resume, say, args.allow_changed_data, party, host)
     exporting.check_model(loaded.export, prepared.dims, prepared.config.model.dtype, leads)
     out = str(prepared.out)
-    again = party is None and prepared.ended_before_evaluation
-    if prepared.done >= prepared.total and not again:
+    if prepared.done >= prepared.total and not prepared.evaluate:
         end = "step %d of %d" % (prepared.done, prepared.total)
         if prepared.done > prepared.total:
             end = "step %d; by run.yaml it would end at step %d now" % (prepared.done, prepared.total)
@@ -82,7 +81,7 @@ def _train(loaded: Any, args: argparse.Namespace, party: Any, host: Any) -> Dict
     parallel, how = prepared.config.parallel, prepared.config.run
     dtype = prepared.config.model.dtype + (", fp8 products" if how.fp8 else "") + (", compiled" if how.compile else "")
     work = "steps %d to %d" % (prepared.done + 1, prepared.total)
-    if again:
+    if prepared.evaluate:
         work = "the evaluation after step %d, which was cut off" % prepared.done
     say("%s: %s, %d stages x %d replicas, layers per stage %s, %s on %s" % (
         out, work, parallel.pipe, parallel.data, parallel.parts, dtype,
@@ -96,9 +95,7 @@ def _train(loaded: Any, args: argparse.Namespace, party: Any, host: Any) -> Dict
     keeper = Keeper(prepared.out, prepared.done, say)
     with exporting.nothing_half_done(prepared.config.export):
         summary = _launch(prepared, party, keeper)
-        if again:
-            summary["finished"] = True
-        else:
+        if not prepared.evaluate:
             say("peak memory per stage: %s GiB" % ", ".join("%.2f" % gib for gib in summary["peak_gib"]))
         say("report: %s" % (prepared.out / "report.html"))
         try:
@@ -121,8 +118,9 @@ def _launch(prepared: Any, party: Any, keeper: Any) -> Dict[str, Any]:
 
     run = prepared.config
     team, addresses = together.team(party)
+    finished = {"finished": True} if prepared.evaluate else {}
     if keeper is None:
-        return launch(prepared, lambda message: None, team, addresses, exporting.by_ranks(run.export))
+        return dict(launch(prepared, lambda message: None, team, addresses, exporting.by_ranks(run.export)), **finished)
     progress = Progress(prepared.total, run.run.name, run.parallel.pipe, run.micro_batches)
 
     def show(message: Dict[str, Any]) -> None:
@@ -140,7 +138,7 @@ def _launch(prepared: Any, party: Any, keeper: Any) -> Dict[str, Any]:
     finally:
         progress.close()
     keeper.end("finished")
-    return summary
+    return dict(summary, **finished)
 
 
 def kept(out: Path) -> str:

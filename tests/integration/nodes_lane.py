@@ -50,8 +50,25 @@ def test_a_shared_folder_is_found_and_node_0_prepares_it(root):
     assert "records" in nodes.said(0) and "records" not in nodes.said(1)
     same_run(root / "out", nodes.folders[:1])
     assert not [path for path in nodes.folders[0].iterdir() if path.name.startswith(".same-folder-")]
+    evaluated_again(root, ["shared", "shared"])
     nodes = Nodes(root, ["shared", "shared"], "--resume", "auto", "--json")
     assert nodes.codes() == [0, 0] and json.loads(nodes.last(1))["finished"] is True, nodes.all_said()
+    assert "finished already" in nodes.said(0) and "finished already" in nodes.said(1)
+
+
+def evaluated_again(root, folders):
+    """A finished run that was killed before the end of its last evaluation makes up for it."""
+    path = root / folders[0] / "metrics.jsonl"
+    wanted = lines_of(path.parent, "eval")
+    lines = path.read_text().splitlines(True)
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] < max(wanted) or '"eval"' not in line))
+    assert max(wanted) not in lines_of(path.parent, "eval")
+    nodes = Nodes(root, folders, "--resume", "--json")
+    assert nodes.codes() == [0, 0], nodes.all_said()
+    for node in (0, 1):
+        assert "the evaluation after step %d, which was cut off" % max(wanted) in nodes.said(node)
+        assert json.loads(nodes.last(node))["finished"] is True
+    assert lines_of(path.parent, "eval")[max(wanted)]["loss"] == wanted[max(wanted)]["loss"]
 
 
 def test_a_node_dies_and_both_started_again_end_as_one_node_would(root):
@@ -63,6 +80,7 @@ def test_a_node_dies_and_both_started_again_end_as_one_node_would(root):
     nodes = Nodes(root, ["dead_a", "dead_b"], "--resume", "auto")
     assert nodes.codes() == [0, 0], nodes.all_said()
     same_run(root / "out", nodes.folders)
+    evaluated_again(root, ["dead_a", "dead_b"])
 
 
 def test_a_signal_to_one_node_saves_and_stops_all_and_resume_goes_on(root):

@@ -169,7 +169,7 @@ def prepared(loaded, *unused):
     out = Path(loaded.run.out)
     (out / "resolved").mkdir(parents=True)
     return Fake(config=loaded, out=out, gpus=0, total=400, resume=None, done=0, dims=None,
-                ended_before_evaluation=False)
+                evaluate=False)
 
 def training(prepared, show, *unused):
     (prepared.out / "metrics.jsonl").write_text('{"kind": "start", "step": 0, "total_steps": 400}\\n'
