@@ -79,9 +79,7 @@ def prepare(
         if party.follows:
             return _follow(party, out, gpus)
         checkpoint = party.find(out, resume)
-    folder = (
-        weights.find_folder(run.model.path) if run.model.init == "pretrained" else weights.resolve(run.model.path, weights=False)
-    )
+    folder = _model_folder(run)
     run.model.path = str(folder)  # a hub name or a run means this folder from now on, on every rank
     stack = compat.stack(found)
     dims = _resolve_model(run, folder, source.name, plan.card_here() if gpus else None, stack, say)
@@ -107,16 +105,19 @@ def prepare(
     if saves:
         checkpoint_folder.check_room(run, dims, source.name, saves, say, layers, checkpoint)
     documents = {"versions.json": found, "data.json": dict(facts, pad_id=codec.pad_id), "plan.json": _planned(run, dims, stack)}
-    if party is None or party.place.node == 0:
-        evaluate = done == total and run.data.eval is not None and not metrics.evaluated(out / "metrics.jsonl", done)
-    else:
-        evaluate = party.share()["evaluate"]
-    prepared = Prepared(run, out, dims, gpus, total, checkpoint, done, evaluate)
-    if done < total or evaluate or not resolved.stays(run, out):
+    prepared = Prepared(run, out, dims, gpus, total, checkpoint, done, _evaluation_left(run, out, done, total, party))
+    if done < total or prepared.evaluate or not resolved.stays(run, out):
         resolved.write(run, out, source, folder, codec, documents)
     if party is not None and party.place.node == 0:
         party.share(_shared(prepared))
     return prepared
+
+
+def _evaluation_left(run: RunConfig, out: Path, done: int, total: int, party: Optional[Party]) -> bool:
+    """``Prepared.evaluate``; node 0 has metrics.jsonl and tells the others, see ``_shared``."""
+    if party is not None and party.place.node:
+        return bool(party.share()["evaluate"])
+    return done == total and run.data.eval is not None and not metrics.evaluated(out / "metrics.jsonl", done)
 
 
 def _say_pointless(run: RunConfig, done: int, total: int, where: str, say: Say) -> None:
@@ -142,6 +143,12 @@ def _follow(party: Party, out: Path, gpus: int) -> Prepared:
     dims = families.dims_of(families.read_config(str(folder / "model")))
     resume = None if told["resume"] is None else out / "checkpoints" / told["resume"]
     return Prepared(run, out, dims, gpus, told["total"], resume, told["done"], told["evaluate"])
+
+
+def _model_folder(run: RunConfig) -> Path:
+    if run.model.init == "pretrained":
+        return weights.find_folder(run.model.path)
+    return weights.resolve(run.model.path, weights=False)
 
 
 def _resolve_model(run: RunConfig, folder: Path, where: str, card: Optional[str], stack: str, say: Say) -> Dims:
