@@ -2,7 +2,7 @@
 
 import difflib
 import re
-import textwrap
+import reprlib
 from typing import Any, Dict, List
 
 import msgspec
@@ -111,6 +111,8 @@ KINDS = {
     "str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "array": "a list", "object": "a section",
     "null": "nothing",
 }  # fmt: skip
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxstring = 1, 60
 
 
 def plain(message: str, struct: Any, raw: Any) -> str:
@@ -121,13 +123,16 @@ def plain(message: str, struct: Any, raw: Any) -> str:
     if text.startswith("object missing required field "):
         name = text.rsplit(" ", 1)[1]
         return "%s: missing. It has no default." % (place + "." + name if place else name)
+    if " - at key in $." in text:
+        return "%s: its keys must be text" % text.partition(" - at key in $.")[2]
     wanted = re.match("expected (.*), got [a-z]+$", text)
     if text.startswith("invalid enum value "):
         text = "expected %s, got %s" % (" or ".join(_choices(struct, place.split("."))), text[len("invalid enum value ") :])
     elif wanted and place:
         words = [choice for choice in _choices(struct, re.sub(r"\[\d+\]", "", place).split(".")) if choice != "a list"]
         kinds = [" or ".join(words) if words and kind == "str" else KINDS.get(kind, kind) for kind in wanted.group(1).split(" | ")]
-        text = "expected %s, got %s" % (" or ".join(kinds), textwrap.shorten(repr(_value(raw, place)), 80, placeholder=" ..."))
+        found = _value(raw, place)
+        text = "expected %s, got %s" % (" or ".join(kinds), "nothing" if found is None else SHORT.repr(found))
     return "%s: %s" % (place, text) if place else text
 
 

@@ -12,7 +12,7 @@ from .errors import RunFailed, UserError
 from .link import Document, Link, part, read_frame, write_frame
 
 Say = Callable[[str], None]  # takes a line for the user
-PROTOCOL = 2
+PROTOCOL = 3
 HELLO_S = 5.0  # for a connection to say which node it is
 KNOCK_S = 0.5  # between two attempts
 FIRST_S = 3.0  # before the first line about who is missing; nobody starts two nodes in the same second
