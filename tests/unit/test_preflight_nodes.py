@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -170,8 +171,8 @@ def test_whom_nobody_reaches_is_named_once() -> None:
 
 
 @pytest.mark.parametrize("ahead, level, words", [
-    (0.0, OK, ["apart"]), (5.0, WARNING, ["node 1 (b): clock: 5.0 s ahead of node 0's", "timedatectl set-ntp true"]),
-    (-300.0, FAILURE, ["300.0 s behind node 0's", "chronyc makestep"]),
+    (0.0, OK, ["apart"]), (5.0, WARNING, [r"node 1 \(b\): clock: [456]\.\d s ahead of node 0's", "timedatectl set-ntp true"]),
+    (-300.0, FAILURE, [r"(299|300)\.\d s behind node 0's", "chronyc makestep"]),  # a machine that is busy measures less exactly
 ])  # fmt: skip
 def test_clocks(ahead: float, level: str, words: Sequence[str]) -> None:
     def work(channel: Channel) -> Any:
@@ -180,7 +181,7 @@ def test_clocks(ahead: float, level: str, words: Sequence[str]) -> None:
     [samples, nothing] = on_nodes(work)
     assert nothing == []
     [finding] = clocks.check(samples)
-    assert finding.level == level and [word for word in words if word not in lines([finding], level, "ab")[0]] == []
+    assert finding.level == level and [word for word in words if not re.search(word, lines([finding], level, "ab")[0])] == []
 
 
 def test_a_clock_that_stands_still() -> None:
