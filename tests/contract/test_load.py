@@ -166,7 +166,7 @@ def test_too_many_are_told_so_and_the_others_go_on(small_server, model):
     refused = {"inputs": "x", "parameters": {"temperature": -1}}
     assert small_server.curl("/generate", *KEY, body=refused) == (429, "application/json", document)
     assert small_server.curl("/generate_stream", *KEY, body=refused) == (200, "text/event-stream", b"data: " + document + b"\n\n")
-    chat = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    chat = {"messages": [{"role": "user", "content": "x"}], "stream": True, "max_tokens": 1}
     event = b'data: {"error":{"message":"Model is overloaded","http_status_code":422}}\n\ndata: [DONE]\n\n'
     assert small_server.curl("/v1/chat/completions", *KEY, body=chat)[2] == event
     with Client(small_server.url, api_key="S3cret", retries=0) as client:
