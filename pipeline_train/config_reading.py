@@ -3,7 +3,7 @@
 import difflib
 import re
 import reprlib
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Literal, Union
 
 import msgspec
 import yaml
@@ -107,17 +107,14 @@ def _as_number(value: Any) -> Any:
         return value
 
 
-KINDS = {
-    "str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "array": "a list", "object": "a section",
-    "null": "nothing",
-}  # fmt: skip
+WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
 SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxstring = 1, 60
 
 
 def plain(message: str, struct: Any, raw: Any) -> str:
-    """msgspec's "Expected `int`, got `str` - at `$.a.b`" -> "a.b: expected a whole number, got 'two'", which is what ``raw`` has
-    there; a wrong choice lists the right ones."""
+    """msgspec's "Expected `int`, got `str` - at `$.a.b`" -> "a.b: expected a whole number, got 'two'": what may be there by
+    ``struct``, and what is by ``raw``."""
     text, _, place = message.replace("`", "").partition(" - at $.")
     text = text[0].lower() + text[1:]
     if text.startswith("object missing required field "):
@@ -125,30 +122,28 @@ def plain(message: str, struct: Any, raw: Any) -> str:
         return "%s: missing. It has no default." % (place + "." + name if place else name)
     if " - at key in $." in text:
         return "%s: its keys must be text" % text.partition(" - at key in $.")[2]
-    wanted = re.match("expected (.*), got [a-z]+$", text)
-    if text.startswith("invalid enum value "):
-        text = "expected %s, got %s" % (" or ".join(_choices(struct, place.split("."))), text[len("invalid enum value ") :])
-    elif wanted and place:
-        words = [choice for choice in _choices(struct, re.sub(r"\[\d+\]", "", place).split(".")) if choice != "a list"]
-        kinds = [" or ".join(words) if words and kind == "str" else KINDS.get(kind, kind) for kind in wanted.group(1).split(" | ")]
-        found = _value(raw, place)
-        text = "expected %s, got %s" % (" or ".join(kinds), "nothing" if found is None else SHORT.repr(found))
+    if place and re.match("invalid enum value |expected .*, got [a-z]+$", text):
+        allowed, found = struct, raw
+        for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", place):
+            allowed = _fields(_struct_of(allowed))[key] if key else _element(allowed)
+            found = found[key] if key else found[int(index)]
+        text = "expected %s, got %s" % (_wanted(allowed), "nothing" if found is None else SHORT.repr(found))
     return "%s: %s" % (place, text) if place else text
 
 
-def _value(raw: Any, place: str) -> Any:
-    for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", place):
-        raw = raw[key] if key else raw[int(index)]
-    return raw
+def _element(annotation: Any) -> Any:
+    """List[int], or a Union with it -> int."""
+    options = annotation.__args__ if _origin(annotation) is Union else (annotation,)
+    return next(o for o in options if _origin(o) is list).__args__[0]
 
 
-def _choices(struct: Any, path: List[str]) -> List[str]:
-    """The values that the Literal at ``path`` allows; "a list" where it may be one instead."""
-    annotation = _fields(struct)[path[0]]
-    if len(path) > 1:
-        return _choices(_struct_of(annotation), path[1:])
-    options = getattr(annotation, "__args__", ())
-    literals = [o for o in options if isinstance(o, str)]
-    for option in options:
-        literals += [o for o in getattr(option, "__args__", ()) if isinstance(o, str)]
-    return literals + ["a list"] * any(getattr(o, "__origin__", None) is list for o in options)
+def _wanted(annotation: Any) -> str:
+    if _origin(annotation) is Union:
+        return " or ".join(_wanted(option) for option in annotation.__args__)
+    if _origin(annotation) is Literal:
+        return " or ".join(annotation.__args__)
+    return "a list" if _origin(annotation) is list else WORDS.get(annotation, "a section")
+
+
+def _origin(annotation: Any) -> Any:
+    return getattr(annotation, "__origin__", None)

@@ -88,6 +88,8 @@ def test_numbers_that_yaml_takes_for_text_in_deepspeeds_own_sections():
         ({"batch": {"micro": None}}, "batch.micro: expected a whole number, got nothing"),
         ({"deepspeed": {1: 2}}, "deepspeed: its keys must be text"),
         ({"data": {"train": [["a"] * 9] * 9}}, "data.train: expected text, got [[...], [...], [...], [...], [...], [...], ...]"),
+        ({"optim": {"use_triton": "maybe"}}, "optim.use_triton: expected auto or true or false, got 'maybe'"),
+        ({"optim": {"use_triton": 3}}, "optim.use_triton: expected auto or true or false, got 3"),
         ({"data": {"seq_len": "long"}}, "data.seq_len: expected a whole number or nothing, got 'long'"),
         ({"parallel": {"parts": [1, "x"]}}, "parallel.parts[1]: expected a whole number, got 'x'"),
         ({"parallel": {"parts": 3}}, "parallel.parts: expected auto or a list, got 3"),
