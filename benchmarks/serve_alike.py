@@ -2,10 +2,11 @@
 
     python benchmarks/serve_alike.py --model llama-1b                # on a GPU: bf16, recorded passes
     python benchmarks/serve_alike.py --model llama-tiny --tokens 60   # on a CPU
+    ... --tokens 1400 --room 60000                                    # too little for all: some pause in the middle
 
 Random weights, whose likeliest tokens are often almost equally likely, so that a last bit shows; prompts of 1 to 600 tokens, all of
 which are read and decoded in one server. Prints a JSON row; ``same_text``: requests with the same tokens in both, ``same_bits``:
-and the same log-probabilities, to the digits that the server prints (8).
+and the same log-probabilities, to the digits that the server prints (8). ``pauses``: how often one left the batch for a while.
 """
 
 import argparse
@@ -52,24 +53,22 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     for name, usual in (("requests", 64), ("alone", 8), ("tokens", 256), ("seed", 1)):
         parser.add_argument("--" + name, type=int, default=usual)
+    parser.add_argument("--room", type=int, help="tokens that the running requests may hold; default: what the memory allows")
     args = parser.parse_args()
     pick = random.Random(args.seed)
     texts = ["".join(pick.choice("abcdefgh ijklmnop") for _ in range(pick.randrange(1, 600))) for _ in range(args.requests)]
     with tempfile.TemporaryDirectory() as name:
         random_model(Path(name) / "model", shapes.SHAPES[args.model])
         flags = ["--dtype", args.dtype] if args.dtype else []
+        flags += ["--max-batch-total-tokens", str(args.room)] if args.room else []
+        spread = slice(None, None, max(1, args.requests // args.alone))  # early and late ones: the newest pause
         with Server(Path(name) / "model", *flags) as server:
-            alone = [ask(server, text, args.tokens) for text in texts[: args.alone]]
-            together = crowd(server, texts, args.tokens, pick)[: args.alone]
+            alone = [ask(server, text, args.tokens) for text in texts[spread]]
+            together = crowd(server, texts, args.tokens, pick)[spread]
+            pauses = int(server.gauge("pipedock_batch_pause_count"))
     same = [[one[0] for one in mine] == [one[0] for one in theirs] for mine, theirs in zip(alone, together)]
-    row: Dict[str, Any] = {
-        "what": "alike",
-        "model": args.model,
-        "dtype": args.dtype,
-        "requests": args.requests,
-        "alone": args.alone,
-    }
-    row.update(tokens=args.tokens, same_text=sum(same), same_bits=sum(a == b for a, b in zip(alone, together)))
+    row: Dict[str, Any] = {"what": "alike", **{key: getattr(args, key) for key in ("model", "dtype", "requests", "tokens", "room")}}
+    row.update(alone=len(alone), pauses=pauses, same_text=sum(same), same_bits=sum(a == b for a, b in zip(alone, together)))
     print(json.dumps({**row, "load": round(os.getloadavg()[0], 1)}))
 
 

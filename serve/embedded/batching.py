@@ -36,7 +36,11 @@ class Scheduler:
     def __init__(self, engine: Engine, worker: Worker, text: Text, metrics: Metrics, max_rows: int, max_tokens: int) -> None:
         self._worker, self._engine, self._text, self._metrics = worker, engine, text, metrics
         engine.before_recording = self._deliver
-        self._seats = Seats(engine, text, max_rows, max_tokens, lambda job, error: self._out.append((job, failed(words(error)))))
+        self._seats = Seats(
+            engine, text, max_rows, max_tokens,
+            lost=lambda job, error: self._out.append((job, failed(words(error)))),
+            short=lambda: metrics.count("pipedock_batch_pause_count"),
+        )  # fmt: skip
         self._inbox = Inbox()
         self._out: List[Tuple[Job, Event]] = []
         self._loop: Optional[asyncio.AbstractEventLoop] = None

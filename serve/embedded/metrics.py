@@ -1,4 +1,4 @@
-"""Prometheus metrics under the original's names. A series appears with its first use, as there."""
+"""Prometheus metrics under the original's names, and one of our own. A series appears with its first use, as there."""
 
 import threading
 import time
@@ -41,6 +41,7 @@ HELP = {
     "tgi_batch_inference_duration": "Seconds per step: forward pass, choice and text",
     "tgi_batch_forward_duration": "Seconds per forward pass",
     "tgi_batch_decode_duration": "Seconds per step choosing tokens and spelling them",
+    "pipedock_batch_pause_count": "Times that a request left the batch for a while, because room got short",
 }
 
 

@@ -28,12 +28,18 @@ class Paused(NamedTuple):
 class Seats:
     """``rows[i]`` is row i of the cache; the ``joining`` one, whose prompt is being read, comes last. There are at most
     ``max_rows``, and rows x the most that one of them has room for stays within ``max_tokens``; a single one is always let in.
-    ``lost`` is told of a job that fails by itself."""
+    ``lost`` is told of a job that fails by itself, ``short`` of every pause."""
 
     def __init__(
-        self, engine: Engine, text: Text, max_rows: int, max_tokens: int, lost: Callable[[Job, BaseException], None]
+        self,
+        engine: Engine,
+        text: Text,
+        max_rows: int,
+        max_tokens: int,
+        lost: Callable[[Job, BaseException], None],
+        short: Callable[[], None],
     ) -> None:
-        self._engine, self._text, self._lost = engine, text, lost
+        self._engine, self._text, self._lost, self._short = engine, text, lost, short
         self.max_rows, self.max_tokens, self._most = max_rows, max_tokens, most_needed(max_rows, max_tokens)
         self.waiting: Deque[Job] = deque()
         self.paused: List[Paused] = []  # oldest first, all of them newer than those in ``rows``
@@ -83,6 +89,7 @@ class Seats:
             self._lost(row.job, error)
             self.leave(row)
             return
+        self._short()
         self.leave(row)  # where that fails, it fails with all others
         self.paused.insert(0, Paused(row, saved))
 

@@ -96,12 +96,13 @@ def test_room_is_kept_for_legs():
 def test_who_outgrows_the_room_pauses_and_goes_on_with_the_same_bits(parts, seen, how):
     """Three begin, though only one could come to its end beside others; the newest two pause, the oldest never does."""
     wanted = [bits(one) for one in alone(parts, asked(**how))]
-    jobs = asked(**how)
-    streams = together(scheduler_of(parts, max_tokens=THREE), jobs)
+    jobs, scheduler = asked(**how), scheduler_of(parts, max_tokens=THREE)
+    streams = together(scheduler, jobs)
     assert [bits(one) for one in jobs] == wanted
     assert [[event.token.id for event in stream] for stream in streams] == [[token.id for token in one.tokens] for one in jobs]
     rows = [rows for what, _, rows in seen if what == "pause"]
     assert rows[:2] == [3, 2] and len(rows) >= 2 and [what for what, _, _ in seen].count("resume") == len(rows)
+    assert "pipedock_batch_pause_count %.1f\n" % len(rows) in scheduler._metrics.text().decode()
     assert all(length >= LEG for _, length, _ in seen) and [one.started for one in jobs] == sorted(one.started for one in jobs)
 
 
@@ -265,7 +266,7 @@ def test_a_row_that_cannot_be_moved_fails_with_the_others_and_does_not_come_back
         def move(self, source, target):
             raise RuntimeError("out of order")
 
-    seated = seats.Seats(Broken(), None, 4, 10, lambda *lost: None)
+    seated = seats.Seats(Broken(), None, 4, 10, lambda *lost: None, lambda: None)
     seated.rows = [SimpleNamespace(job=SimpleNamespace(started=when), reserved=5, length=3, reserve=list) for when in (1, 3, 2)]
     with pytest.raises(RuntimeError):
         seated.settle()
