@@ -10,7 +10,8 @@ D = 1 (pipeline, and pipeline-fp8 with run.fp8), and P = half of them with D = 2
 the rows (multi_gpu_cases.py): the peers over micro-batches, with and without recomputation, FSDP2 also with weights kept whole
 during a step, and with every block through torch.compile (fsdp2-compiled); the pipeline over what its plan lets in. The best is
 then measured on the whole step, and weights kept whole at once: they pay once a step. --cases names the cases of an engine instead
-(what an earlier call found to be best); rows, where a case names none, are those of a whole step. All of it runs in
+(what an earlier call found to be best); rows, where a case names none, are those of a whole step. What is tuned are 7B; llama-13b
+is measured as well, with --cases that let in what such a card can hold. All of it runs in
 multi_gpu_rank.py, which says what the peers are; road is multi_gpu_road.py.
 """
 
@@ -53,15 +54,15 @@ class Bench:
         print(shown(row), flush=True)
 
     def model(self, family):
-        known = shapes.model_of(family + "-7b")
+        known = shapes.model_of(multi_gpu_cases.MODELS[family])
         return {key: SMALL.get(key, value) for key, value in known.items()} if self.cpu else known
 
     def train(self, engine, family, cases, until_failure=False, positions=4096, **task):
         """-> the rows of the cases, in order; after a failure the others go on in new processes, but for the hopeless ones."""
         model = self.model(family)
-        if family == "llama":
+        if model["model_type"] == "llama":
             model["max_position_embeddings"] = positions
-        task.update(engine=engine, model=model, cases=list(cases))
+        task.update(engine=engine, family=family, model=model, cases=list(cases))
         found = []
         while task["cases"]:
             if self.left < 45:
@@ -112,7 +113,7 @@ class Bench:
         ended.set()
         if len(rows) < len(task["cases"]) and not (rows and "error" in rows[-1]):
             failed = task["cases"][len(rows)]
-            who = {"engine": task["engine"], "family": task["model"]["model_type"]}
+            who = {"engine": task["engine"], "family": task["family"]}
             rows.append(dict(failed, error="ended or silent, see the log", **who))
             self.add(rows[-1])
         return rows

@@ -5,7 +5,7 @@ import json
 
 from benchmarks.multi_gpu_road import PARTS
 
-FAMILIES = ("llama", "bloom")
+MODELS = {"llama": "llama-7b", "bloom": "bloom-7b", "llama-13b": "llama-13b"}  # a row's family -> bench's name
 OURS = {  # engine -> what all its cases have: replicas, run.fp8
     "pipeline": {"data": 1}, "pipeline-fp8": {"data": 1, "compile": True, "fp8": True}, "pipeline2": {"data": 2},
 }  # fmt: skip
@@ -92,8 +92,8 @@ def given(text):
 
 def parts(text):
     """--only -> [(part, its own parts or None)]"""
-    known = dict.fromkeys(FAMILIES, ENGINES)
-    known.update({"road": PARTS}, **{"longest-" + family: () for family in FAMILIES})
+    known = dict.fromkeys(MODELS, ENGINES)
+    known.update({"road": PARTS}, **{"longest-" + family: () for family in MODELS})
     found = []
     for part in text.split(","):
         name, _, own = part.partition(":")

@@ -2,10 +2,10 @@
 
     RANK=... LOCAL_RANK=... WORLD_SIZE=... MASTER_ADDR=... MASTER_PORT=... python benchmarks/multi_gpu_rank.py '<task as JSON>'
 
-A task: {engine: pipeline | zero3 | fsdp2, model: config.json's content, batch: rows of a step, steps: timed ones, cases: [{seq,
-micro, recompute, rows (of a step, where they differ), data, compile and fp8 (pipeline), keep (fsdp2), warm (no step beforehand),
-documents (see bench.task.Case; default: each row is one)}], known: rows of an earlier process}. A case with ``best``: a sequence
-length, takes the rest from the fastest row of that length, as many tokens at once.
+A task: {engine: pipeline | zero3 | fsdp2, family: the rows' name of the model, model: config.json's content, batch: rows of a step,
+steps: timed ones, cases: [{seq, micro, recompute, rows (of a step, where they differ), data, compile and fp8 (pipeline), keep
+(fsdp2), warm (no step beforehand), documents (see bench.task.Case; default: each row is one)}], known: rows of an earlier process}.
+A case with ``best``: a sequence length, takes the rest from the fastest row of that length, as many tokens at once.
 
 Weights are random, made on the device; every token is learnt. The engines: bench/.
 """
@@ -54,7 +54,7 @@ def measure(task, case):
         engine.use(one)
     row = measuring.measure(engine, one, known or case.get("warm", False))
     kept = ("card", "step_s", "all_s", "tokens_per_s", "mfu", "gib", "ranks", "loss")
-    return dict(case, engine=task["engine"], family=row["family"], gpus=dist.get_world_size(), rows=one.rows,
+    return dict(case, engine=task["engine"], family=task["family"], gpus=dist.get_world_size(), rows=one.rows,
                 samples_per_s=one.rows / row["step_s"], built_s=round(build_s, 1), **{key: row[key] for key in kept})  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def main():
         try:
             row = measure(task, case)
         except torch.OutOfMemoryError as error:
-            row = dict(case, engine=task["engine"], family=task["model"]["model_type"], error="out of memory",
+            row = dict(case, engine=task["engine"], family=task["family"], error="out of memory",
                        detail=str(error).split(". ")[0])  # fmt: skip
         known.append(row)
         if rank == 0:

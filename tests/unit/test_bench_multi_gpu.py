@@ -64,7 +64,7 @@ def test_a_pipelines_given_cases_have_what_all_of_it_have():
 
 
 @pytest.mark.parametrize("read, text, message", [
-    (cases.parts, "foo", "'foo' is none of llama, bloom, road, longest-llama, longest-bloom"),
+    (cases.parts, "foo", "'foo' is none of llama, bloom, llama-13b, road, longest-llama, longest-bloom, longest-llama-13b"),
     (cases.parts, "llama:fsdp3", "llama has no 'fsdp3' (but pipeline, pipeline-fp8, fsdp2-compiled, fsdp2, zero3, pipeline2)"),
     (cases.parts, "longest-llama:zero3", "longest-llama has no 'zero3' (but nothing)"),
     (cases.given, "{", "not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); expected such as"),

@@ -374,19 +374,20 @@ def test_speed_and_memory_are_those_measured():
 
 
 def test_speed_and_memory_of_two_gpus_are_those_measured():
-    """On two H200, 7B, two stages or two replicas: within 5 and 1 %; the memory of rows of 163 840 tokens within 5."""
+    """On two H200: within 5 and 1 %; the memory of rows of 163 840 tokens within 5, a 13B's speed within 6."""
     pages = [page for day in ("29", "30") for page in (ROOT / "benchmarks" / "results").glob("2026-11-%s-h200x2-*.json" % day)]
     rows = [row for page in pages for row in json.loads(page.read_text())]
     rows = [row for row in rows if row.get("engine") == "pipeline" and "tokens_per_s" in row]
-    assert len(rows) == 21 and len({(row["family"], row["data"]) for row in rows}) == 4  # llama and bloom, one and two replicas
+    assert len(rows) == 22 and len({(row["family"], row["data"]) for row in rows}) == 5  # a 13B; 7B with one and two replicas
     for row in rows:
-        model, long = shapes.model_of(row["family"] + "-7b"), row["seq"] > 10000
+        larger, long = row["family"] == "llama-13b", row["seq"] > 10000
+        model = shapes.model_of(row["family"] if larger else row["family"] + "-7b")
         if long:
             model["max_position_embeddings"] = row["seq"]
         found = plan(model, gpu="h200", gpus=2, data=row["data"], seq_len=row["seq"], micro=row["micro"], compile=row["compile"],
                      micro_batches=row["rows"] // row["data"] // row["micro"], recompute=row["recompute"],
                      fp8=row.get("fp8", False), parts=row["ranks"][0]["parts"])  # fmt: skip
-        assert long or found["tokens_per_s"] == pytest.approx(row["tokens_per_s"], rel=0.05)
+        assert long or found["tokens_per_s"] == pytest.approx(row["tokens_per_s"], rel=0.06 if larger else 0.05)
         for rank in row["ranks"]:
             assert found["stages"][rank["stage"]]["gib"]["total"] == pytest.approx(rank["gib"], rel=0.05 if long else 0.01)
 
