@@ -1,8 +1,8 @@
 """What a run will need, before anything starts: which layers a stage gets, its memory, the bubble, tokens per second.
 
 Standard library only: a plan needs no GPU box and no torch. Lowest first: ``cards`` (GPUs, links), ``split`` (stage bounds,
-FLOPs), ``activations``, ``memory`` (bytes of a stage), ``fitting`` (stages that fit on a card), ``speed``, ``planner`` (all of it
-as one document).
+FLOPs), ``activations``, ``memory`` (bytes of a stage), ``fitting`` (stages that fit on a card), ``speed``, ``layouts`` (the same
+GPUs shared otherwise), ``planner`` (all of it as one document).
 """
 
 from .cards import card_here

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 from .. import families
 from ..errors import UserError
 from ..families import Dims
-from . import cards
+from . import cards, layouts
 from .fitting import bounds_on, fits_on, gib_of
 from .memory import GIB, Setup, Sizes, stage_bytes
 from .speed import speed
@@ -77,7 +77,9 @@ def plan(
     boundaries = bounds_on(sizes, setup, parts, gpu)
     document = _describe(sizes, setup, boundaries, gpu, link, mfu)
     document["min_gpus"] = None if least is None else least * wished.data
+    other = layouts.best_other(sizes, setup, gpu, document["link"], document["mfu"])
     document["notes"] = _notes(document, sizes, wished, gpu)
+    document["notes"] += layouts.notes(document, other, not isinstance(parts, str), wished.from_file)
     return document
 
 
