@@ -42,8 +42,9 @@ apt_install() {
   apt-get update >&2 && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" >&2
 }
 
+# free_port: one that no outgoing connection is given.
 free_port() {
-  "${1:-python3}" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+  "$VENV/bin/python" -c 'from pipeline_train.network import free_port; print(free_port())'
 }
 
 # python_of VERSION [NAME]: a Python of that version with venv on standard output: NAME, or else pyenv's, or what the system has.

@@ -61,7 +61,7 @@ base_model() {
 }
 
 serve() { # MODEL
-  PORT=$(free_port "$VENV/bin/python")
+  PORT=$(free_port)
   pipedock serve --model "$1" --port "$PORT" --detach
 }
 

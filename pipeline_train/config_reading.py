@@ -85,13 +85,14 @@ def number_strings(raw: Any, struct: Any) -> Any:
             out[key] = _as_number(value)
         elif annotation == List[float] and isinstance(value, list):
             out[key] = [_as_number(v) for v in value]
-        elif annotation == Dict[str, Any]:
-            out[key] = exponents(value)
+        elif annotation == Dict[str, Any] and isinstance(value, dict) and "zero_optimization" in value:
+            out[key] = dict(value, zero_optimization=exponents(value["zero_optimization"]))
     return out
 
 
 def exponents(value: Any) -> Any:
-    """The same for a section of any keys, at any depth: only what can be nothing else, such as 5e8, and whole where it is whole."""
+    """The same for ZeRO's keys, at any depth: only what can be nothing else, such as 5e8, and whole where it is whole. DeepSpeed's
+    other sections have texts, such as job_name, that may look like it."""
     if isinstance(value, dict):
         return {key: exponents(below) for key, below in value.items()}
     if not isinstance(value, str) or not re.match(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,2}$", value):

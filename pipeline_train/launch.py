@@ -39,7 +39,7 @@ def launch(
     environment. ``finish``: "module:function" that all ranks call with their Pipeline when they have trained. Raises RunFailed with
     the failing rank's one line, NodeGone, KeyboardInterrupt after Ctrl-C."""
     command = [sys.executable, "-m", "pipeline_train.worker", "--out", str(prepared.out.resolve())]
-    command += ["--total-steps", str(prepared.total)]
+    command += ["--run", prepared.file.name, "--total-steps", str(prepared.total)]
     if prepared.resume is not None:
         command += ["--resume", str(prepared.resume.resolve())]
     if finish is not None:

@@ -87,6 +87,8 @@ class Loop:
         self._write("start", step=done, total_steps=self.total)
         if missing and self.eval_feed is not None:
             self._evaluate(done, self.eval_feed)
+            self.phases.end("evaluation")
+            window = Window()
         for step in range(done, self.total):
             self.pulse.tick("reading the step's rows")
             rows = self.feed.at(step)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .engine import Pipeline
 
 log = logging.getLogger("pipedock")
+PIECE = 1 << 24  # numbers looked at together, on a card that may be full
 Place = Tuple[str, torch.nn.Parameter, Optional[str]]  # name in the file, and which moment of the parameter (None: the weight)
 
 
@@ -107,7 +108,7 @@ def not_finite(pipe: "Pipeline", most: int = 10) -> str:
         "%s of layer %d" % (name, layer)
         for layer, module in pipe.stage.layers.items()
         for name, values in module.named_parameters()
-        if not bool(torch.isfinite(values).all())
+        if not all(bool(torch.isfinite(part).all()) for part in values.detach().reshape(-1).split(PIECE))
     ]
     everyone: List[List[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)

@@ -8,13 +8,15 @@ kind "step"   step (1 = the first), loss (mean over the steps since the last lin
               pipelined part of a step, which ends where gradients are reduced),
               with fp16: loss_scale, skipped (steps since the last line)
 kind "eval"   step, loss, tokens
-kind "startup" step, seconds of rank 0 by phase, in order: libraries, joining, stage (built), data, weights (read), first_step
+kind "startup" step, seconds of rank 0 by phase, in order: libraries, joining, stage (built), data, weights (read), evaluation
+              (where an earlier start has left it out), first_step
 kind "memory" step, mem_gib (per stage, what the first step after a start has needed at most), planned_gib; on GPUs
 kind "save"   step, path, seconds, stall_s (the training stood still), asynchronous
 
 This file is the truth; ``sinks`` show the same lines elsewhere.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -73,10 +75,18 @@ def read(path: Path) -> List[Dict[str, Any]]:
 
 
 def evaluated(path: Path, step: int) -> bool:
-    """Whether a line of kind "eval" tells of this step, and no later start has made it void."""
+    """Whether a line of kind "eval" tells of this step, and no later start has made it void. What a crash or an editor has left in
+    between is passed over."""
     found = False
-    for line in read(path) if path.exists() else []:
-        if line["kind"] == "start" and line["step"] < step:
-            found = False
-        found = found or (line["kind"] == "eval" and line["step"] == step)
+    with contextlib.suppress(OSError), open(str(path), "rb") as file:
+        for raw in file:
+            try:
+                line = json.loads(raw.decode("utf-8", "replace"))
+            except (ValueError, RecursionError):
+                continue
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                continue
+            if line.get("kind") == "start" and line["step"] < step:
+                found = False
+            found = found or (line.get("kind") == "eval" and line["step"] == step)
     return found

@@ -59,7 +59,7 @@ def deepspeed_section(old: Old, parallel: Dict[str, Any]) -> Dict[str, Any]:
     if not isinstance(zero, dict):
         raise UserError("%s: zero_optimization: expected a section, got %r" % (old.where, zero))
     passed = {"zero_optimization": _zero(old, exponents(zero), parallel)} if zero else {}
-    passed.update({key: exponents(old.take(key)) for key in PASSED if key in old.raw})
+    passed.update({key: old.take(key) for key in PASSED if key in old.raw})
     if old.take("activation_checkpointing", MISSING) is not MISSING:
         old.note(
             "activation_checkpointing", "left out, torch's recomputation has none of it: use_grad_ckpt became parallel.recompute"

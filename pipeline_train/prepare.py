@@ -3,6 +3,7 @@
 <out>/resolved/run.yaml      the configuration with every default filled in: dtype, seq_len and parts too
 <out>/resolved/original.yaml the bytes the user gave      versions.json, data.json, model/ (config.json, tokenizer, template)
 <out>/resolved/plan.json     the memory that plan expects of each stage
+<out>/resolved/evaluation.yaml  run.yaml, where nothing but the last evaluation is left
 <out>/data/                  the encoded samples
 """
 
@@ -40,7 +41,8 @@ Say = Callable[[str], None]  # takes a line for the user
 
 class Prepared(NamedTuple):
     """``config`` is resolved. ``resume``: the checkpoint to go on from, which has done ``done`` of ``total`` steps. ``evaluate``:
-    nothing is left to train, but the evaluation behind the last step was cut off."""
+    nothing is left to train, but the evaluation behind the last step was cut off: ``config`` is what was trained then, laid out as
+    it is to be evaluated."""
 
     config: RunConfig
     out: Path
@@ -50,6 +52,11 @@ class Prepared(NamedTuple):
     resume: Optional[Path]
     done: int
     evaluate: bool = False
+
+    @property
+    def file(self) -> Path:
+        """``config``, for the ranks."""
+        return self.out / "resolved" / (resolved.EVALUATION if self.evaluate else resolved.TRAINING)
 
 
 def prepare(
@@ -105,9 +112,12 @@ def prepare(
     if saves:
         checkpoint_folder.check_room(run, dims, source.name, saves, say, layers, checkpoint)
     documents = {"versions.json": found, "data.json": dict(facts, pad_id=codec.pad_id), "plan.json": _planned(run, dims, stack)}
-    prepared = Prepared(run, out, dims, gpus, total, checkpoint, done, _evaluation_left(run, out, done, total, party))
-    if done < total or prepared.evaluate or not resolved.stays(run, out):
+    evaluate = _evaluation_left(run, out, done, total, party)
+    if done < total or not resolved.stays(run, out):
         resolved.write(run, out, source, folder, codec, documents)
+    if evaluate:
+        run = resolved.for_evaluation(run, out)
+    prepared = Prepared(run, out, dims, gpus, total, checkpoint, done, evaluate)
     if party is not None and party.place.node == 0:
         party.share(_shared(prepared))
     return prepared
@@ -117,7 +127,8 @@ def _evaluation_left(run: RunConfig, out: Path, done: int, total: int, party: Op
     """``Prepared.evaluate``; node 0 has metrics.jsonl and tells the others, see ``_shared``."""
     if party is not None and party.place.node:
         return bool(party.share()["evaluate"])
-    return done == total and run.data.eval is not None and not metrics.evaluated(out / "metrics.jsonl", done)
+    wanted = done == total and run.data.eval is not None and resolved.evaluates(out)
+    return wanted and not metrics.evaluated(out / "metrics.jsonl", done)
 
 
 def _say_pointless(run: RunConfig, done: int, total: int, where: str, say: Say) -> None:
@@ -129,7 +140,7 @@ def _say_pointless(run: RunConfig, done: int, total: int, where: str, say: Say) 
 
 def _shared(prepared: Prepared) -> Dict[str, Any]:
     """What node 0 tells those for whom it has prepared."""
-    digest = manifest.file_entry(prepared.out / "resolved" / "run.yaml")["sha256"]
+    digest = manifest.file_entry(prepared.file)["sha256"]
     resume = prepared.resume.name if prepared.resume is not None else None
     return {"run": digest, "total": prepared.total, "done": prepared.done, "resume": resume, "evaluate": prepared.evaluate}
 
@@ -138,8 +149,9 @@ def _follow(party: Party, out: Path, gpus: int) -> Prepared:
     """For another node in the same folder: what node 0 has prepared there."""
     told = party.share()
     folder = out / "resolved"
-    nodes.wait_for(folder / "run.yaml", told["run"], lambda path: str(manifest.file_entry(path)["sha256"]))
-    run = config.load(folder / "run.yaml")
+    file = folder / (resolved.EVALUATION if told["evaluate"] else resolved.TRAINING)
+    nodes.wait_for(file, told["run"], lambda path: str(manifest.file_entry(path)["sha256"]))
+    run = config.load(file)
     dims = families.dims_of(families.read_config(str(folder / "model")))
     resume = None if told["resume"] is None else out / "checkpoints" / told["resume"]
     return Prepared(run, out, dims, gpus, told["total"], resume, told["done"], told["evaluate"])

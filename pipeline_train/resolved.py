@@ -10,6 +10,8 @@ from .config_schema import RunConfig
 from .data.encode import TextCodec
 from .errors import UserError
 
+TRAINING, EVALUATION = "run.yaml", "evaluation.yaml"  # what the ranks are started with
+
 
 def write(run: RunConfig, out: Path, source: Path, folder: Path, codec: TextCodec, documents: Dict[str, Any]) -> None:
     """``source``: the user's run.yaml; ``folder``: the model's; ``documents``: file name -> content. Raises UserError."""
@@ -41,6 +43,27 @@ def stays(run: RunConfig, out: Path) -> bool:
         except OSError as error:
             raise _unwritable(out, error) from None
     return True
+
+
+def evaluates(out: Path) -> bool:
+    """Whether the run was to be evaluated when it was started last."""
+    try:
+        return config.load(out / "resolved" / "run.yaml").data.eval is not None
+    except UserError:
+        return False
+
+
+def for_evaluation(run: RunConfig, out: Path) -> RunConfig:
+    """Nothing is left to train: what ``run`` says of how and where to evaluate, and what was trained for the rest. Written for the
+    ranks, beside the record of what was trained. Raises UserError."""
+    made = config.load(out / "resolved" / "run.yaml")
+    made.parallel, made.batch, made.data, made.export = run.parallel, run.batch, run.data, run.export
+    made.run.out, made.model.path = run.run.out, run.model.path
+    try:
+        (out / "resolved" / EVALUATION).write_text(config.resolved_yaml(made), encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(out, error) from None
+    return made
 
 
 def _unwritable(out: Path, error: OSError) -> UserError:

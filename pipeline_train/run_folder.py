@@ -219,7 +219,7 @@ def same_run(run: RunConfig, document: Dict[str, Any], facts: Dict[str, Any], al
     now = dict(facts, optimizer=run.optim.type)
     keys = {
         "optimizer": "optim.type", "seq_len": "data.seq_len", "rows_per_step": "batch.global", "pack": "data.pack",
-        "seed": "run.seed", "data": "data.train or the tokenizer",
+        "seed": "run.seed", "data": "data.train, data.learn, data.over_long, data.on_bad or the tokenizer",
     }  # fmt: skip
     changed = [key for key in keys if key in now and before.get(key) != now[key]]
     lines = [_changed(keys[key], document["step"], before.get(key), now[key]) for key in changed]

@@ -83,6 +83,7 @@ def answer_for(folder: Path, work: Callable[[Pulse], Dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--run", required=True, help="its configuration's name in OUT/resolved")
     parser.add_argument("--total-steps", required=True, type=int)
     parser.add_argument("--resume", type=Path)
     parser.add_argument(
@@ -90,14 +91,14 @@ def main() -> None:
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
-    answer_for(args.out / "logs", lambda pulse: train(args.out, args.total_steps, args.resume, pulse, args.finish))
+    answer_for(args.out / "logs", lambda pulse: train(args.out, args.run, args.total_steps, args.resume, pulse, args.finish))
 
 
 def report(message: Dict[str, Any]) -> None:
     os.write(int(os.environ[PROGRESS]), (json.dumps(message) + "\n").encode())
 
 
-def train(out: Path, total: int, resume: Any, pulse: Pulse, finish: Optional[str] = None) -> Dict[str, Any]:
+def train(out: Path, file: str, total: int, resume: Any, pulse: Pulse, finish: Optional[str] = None) -> Dict[str, Any]:
     """Build this rank's stage, fill it, run the loop; -> the summary, with what ``finish`` returns under "finish"."""
     phases = Phases()
     import torch
@@ -108,7 +109,7 @@ def train(out: Path, total: int, resume: Any, pulse: Pulse, finish: Optional[str
     from .plan import bounds
     from .sinks import open_metrics
 
-    run = config.load(out / "resolved" / "run.yaml")
+    run = config.load(out / "resolved" / file)
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     cuda = os.environ.get("DS_ACCELERATOR") != "cpu"
     torch.manual_seed(run.run.seed)

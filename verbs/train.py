@@ -82,7 +82,7 @@ def _train(loaded: Any, args: argparse.Namespace, party: Any, host: Any) -> Dict
     dtype = prepared.config.model.dtype + (", fp8 products" if how.fp8 else "") + (", compiled" if how.compile else "")
     work = "steps %d to %d" % (prepared.done + 1, prepared.total)
     if prepared.evaluate:
-        work = "the evaluation after step %d, which was cut off" % prepared.done
+        work = "the evaluation after step %d, which metrics.jsonl lacks" % prepared.done
     say("%s: %s, %d stages x %d replicas, layers per stage %s, %s on %s" % (
         out, work, parallel.pipe, parallel.data, parallel.parts, dtype,
         "%d GPUs" % (parallel.pipe * parallel.data) if prepared.gpus else "CPU",
@@ -91,7 +91,7 @@ def _train(loaded: Any, args: argparse.Namespace, party: Any, host: Any) -> Dict
         summary = _launch(prepared, party, None)
         summary.pop("finish", None)
         checkpoint = str(prepared.out.resolve() / "checkpoints" / Path(summary["checkpoint"]).name)  # this node's
-        return dict(summary, out=out, checkpoint=checkpoint, **_export(prepared, party, True))
+        return dict(summary, out=out, checkpoint=checkpoint, **_export(prepared, party, not prepared.evaluate))
     keeper = Keeper(prepared.out, prepared.done, say)
     with exporting.nothing_half_done(prepared.config.export):
         summary = _launch(prepared, party, keeper)
@@ -99,7 +99,7 @@ def _train(loaded: Any, args: argparse.Namespace, party: Any, host: Any) -> Dict
             say("peak memory per stage: %s GiB" % ", ".join("%.2f" % gib for gib in summary["peak_gib"]))
         say("report: %s" % (prepared.out / "report.html"))
         try:
-            return dict(summary, out=out, **_export(prepared, party, True, summary.pop("finish", None)))
+            return dict(summary, out=out, **_export(prepared, party, not prepared.evaluate, summary.pop("finish", None)))
         finally:
             keeper.write()  # with the proof, whether it holds or not
 
@@ -119,8 +119,9 @@ def _launch(prepared: Any, party: Any, keeper: Any) -> Dict[str, Any]:
     run = prepared.config
     team, addresses = together.team(party)
     finished = {"finished": True} if prepared.evaluate else {}
+    finish = None if prepared.evaluate else exporting.by_ranks(run.export)
     if keeper is None:
-        return dict(launch(prepared, lambda message: None, team, addresses, exporting.by_ranks(run.export)), **finished)
+        return dict(launch(prepared, lambda message: None, team, addresses, finish), **finished)
     progress = Progress(prepared.total, run.run.name, run.parallel.pipe, run.micro_batches)
 
     def show(message: Dict[str, Any]) -> None:
@@ -128,7 +129,7 @@ def _launch(prepared: Any, party: Any, keeper: Any) -> Dict[str, Any]:
         keeper.show(message)
 
     try:
-        summary = launch(prepared, show, team, addresses, exporting.by_ranks(run.export))
+        summary = launch(prepared, show, team, addresses, finish)
     except (RunFailed, KeyboardInterrupt) as error:
         progress.close()
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped" if isinstance(error, Stopped) else "failed"

@@ -83,11 +83,13 @@ class Curves:
             return
         kind = line.get("kind")
         if kind == "start":
-            self._cut(step)
-            self.stage_lines.clear()
-            self.planned = []
             total = line.get("total_steps")
-            self.starts.append((step, total if isinstance(total, int) and 0 <= total < MOST_STEPS else 0))
+            total = total if isinstance(total, int) and 0 <= total < MOST_STEPS else 0
+            self._cut(step)
+            if step < total or not total:  # else it only evaluates what has been trained
+                self.stage_lines.clear()
+                self.planned = []
+            self.starts.append((step, total))
         elif kind == "step":
             for key in KEYS:
                 self._add(key, step, line.get(key))

@@ -102,7 +102,7 @@ class Scheduler:
     def _gauges(self) -> None:
         self._metrics.gauge("tgi_queue_size", len(self._seats.queued))
         self._metrics.gauge("tgi_batch_current_size", len(self._seats.rows))
-        self._metrics.gauge("tgi_batch_current_max_tokens", sum(row.reserved for row in self._seats.rows))
+        self._metrics.gauge("tgi_batch_current_max_tokens", sum(row.job.accepted.total for row in self._seats.rows))
 
     def _join(self) -> None:
         """Read prompts of waiting requests while this turn's share lasts."""

@@ -66,7 +66,7 @@ def evaluated_again(root, folders):
     nodes = Nodes(root, folders, "--resume", "--json")
     assert nodes.codes() == [0, 0], nodes.all_said()
     for node in (0, 1):
-        assert "the evaluation after step %d, which was cut off" % max(wanted) in nodes.said(node)
+        assert "the evaluation after step %d, which metrics.jsonl lacks" % max(wanted) in nodes.said(node)
         assert json.loads(nodes.last(node))["finished"] is True
     assert lines_of(path.parent, "eval")[max(wanted)]["loss"] == wanted[max(wanted)]["loss"]
 

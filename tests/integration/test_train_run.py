@@ -156,7 +156,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(root):
     assert TOTAL not in lines_of(out, "eval")
     done = train(root, "--set", "run.out=%s" % out, "--resume", "--json", "--set", "parallel.pipe=1")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "the evaluation after step %d, which was cut off" % TOTAL in done.stderr and "peak memory" not in done.stderr
+    assert "the evaluation after step %d, which metrics.jsonl lacks" % TOTAL in done.stderr and "peak memory" not in done.stderr
     answer = json.loads(done.stdout)
     assert answer["finished"] and answer["loss_last"] is None and answer["checkpoint"].endswith("step_%06d" % TOTAL)
     assert lines_of(out, "eval")[TOTAL]["loss"] == pytest.approx(wanted[TOTAL]["loss"], rel=1e-5)

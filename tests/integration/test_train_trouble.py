@@ -184,7 +184,16 @@ def faulty(small, monkeypatch, fault, hang_s=10):
     out = small / fault.replace(" ", "-")
     run = config.load(small / "run.yaml", ("run.out=%s" % out, "train.save_every=2"))
     prepared = prepare.prepare(run, small / "run.yaml", None, lambda line: None)
-    rank = [sys.executable, str(RANK.with_name("faulty_rank.py")), "--out", str(out), "--total-steps", str(prepared.total)]
+    rank = [
+        sys.executable,
+        str(RANK.with_name("faulty_rank.py")),
+        "--out",
+        str(out),
+        "--run",
+        "run.yaml",
+        "--total-steps",
+        str(prepared.total),
+    ]
     ranks = launch.Ranks(rank, 2, launch.environment(2, 0), out / "logs", lambda message: None, hang_s)
     with pytest.raises(RunFailed) as error:
         launch.supervise(ranks)

@@ -43,8 +43,8 @@ serve:    {engine: tgi, version: "3.3", shards: 2, port: 8082}
 def test_numbers_that_yaml_takes_for_text_in_deepspeeds_own_sections():
     text = "{reduce_bucket_size: 5e8, allgather_bucket_size: 1.5e1, overlap_comm: true, tag: 5e, more: [1e3]}"
     raw = yaml.safe_load(
-        "{run: {out: o}, model: {path: m}, data: {train: t}, parallel: {pipe: 1}, deepspeed: {zero_optimization: %s, a: 2.5e-1}}"
-        % text
+        "{run: {out: o}, model: {path: m}, data: {train: t}, parallel: {pipe: 1}, "
+        "deepspeed: {zero_optimization: %s, tensorboard: {job_name: 12e4}}}" % text
     )
     assert config.parse(raw).deepspeed == {
         "zero_optimization": {
@@ -54,7 +54,7 @@ def test_numbers_that_yaml_takes_for_text_in_deepspeeds_own_sections():
             "tag": "5e",
             "more": ["1e3"],
         },
-        "a": 0.25,
+        "tensorboard": {"job_name": "12e4"},
     }
 
 

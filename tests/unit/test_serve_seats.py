@@ -96,8 +96,10 @@ def test_room_is_kept_for_legs():
 def test_who_outgrows_the_room_pauses_and_goes_on_with_the_same_bits(parts, seen, how):
     """Three begin, though only one could come to its end beside others; the newest two pause, the oldest never does."""
     wanted = [bits(one) for one in alone(parts, asked(**how))]
-    jobs, scheduler = asked(**how), scheduler_of(parts, max_tokens=THREE)
+    jobs, scheduler, gauges = asked(**how), scheduler_of(parts, max_tokens=THREE), []
+    scheduler._metrics.gauge = lambda name, value: gauges.append((name, value))
     streams = together(scheduler, jobs)
+    assert max(value for name, value in gauges if name == "tgi_batch_current_max_tokens") == 3 * (PROMPT + COUNT)
     assert [bits(one) for one in jobs] == wanted
     assert [[event.token.id for event in stream] for stream in streams] == [[token.id for token in one.tokens] for one in jobs]
     rows = [rows for what, _, rows in seen if what == "pause"]

@@ -421,12 +421,15 @@ def contents(out):
     return {p: p.read_bytes() for folder in ("resolved", "data") for p in (out / folder).rglob("*") if p.is_file()}
 
 
+WHAT_IS_TRAINED_ON = "data.train, data.learn, data.over_long, data.on_bad or the tokenizer"
+
+
 def test_a_resume_with_other_data_is_refused(start):
     start()
     used(start)
     path = start.out.parent / "train.jsonl"
     path.write_text(path.read_text().replace("number 3.", "number 4."))
-    with pytest.raises(UserError, match="--resume: data.train or the tokenizer changed since the checkpoint at step 4 .*"
+    with pytest.raises(UserError, match="--resume: %s changed since the checkpoint at step 4 .*" % WHAT_IS_TRAINED_ON +
                        "Change it back, go on with other data by --allow-changed-data, or start a new run.out.$"):  # fmt: skip
         start("newest")
 
@@ -439,7 +442,7 @@ def test_a_resume_with_other_data_goes_on_where_that_is_allowed_and_says_from_wh
     done = start("newest", allow=True, train={"epochs": 3})
     assert (done.done, done.total, total) == (13, 30, 10)
     said = [line for line in start.said if line.startswith("--")]
-    assert said[0].startswith("--resume: data.train or the tokenizer changed since the checkpoint at step 13 (")
+    assert said[0].startswith("--resume: %s changed since the checkpoint at step 13 (" % WHAT_IS_TRAINED_ON)
     assert said[1] == (
         "--allow-changed-data: the step number goes on counting: the next step is 14 of 30, which is step 4 of 10 in epoch 2 of "
         "the new data. What lies before it is not learnt in that epoch, what was learnt already may come again."
@@ -573,6 +576,62 @@ def test_with_nothing_left_to_train_what_was_trained_stays_on_record(start, tmp_
     assert now.export.dir == elsewhere and was.export is None
     now.export = None
     assert now == was and before == after
+
+
+@pytest.fixture
+def finished(start, tmp_path):
+    """finished(lines, **data): a run of four steps that was to be evaluated, with those lines in metrics.jsonl, started again."""
+    source = tmp_path / "eval.jsonl"
+
+    def run(lines, **data):
+        shutil.copyfile(str(tmp_path / "train.jsonl"), str(source))
+        start(train={"max_steps": 4}, data=data)
+        used(start)
+        (start.out / "metrics.jsonl").write_bytes(lines)
+        run.before = contents(start.out)
+        return start(
+            "newest", train={"max_steps": 4}, data={"eval": str(source)}, optim={"lr": 1.0}, parallel={"pipe": 1, "data": 2}
+        )
+
+    run.source = str(source)
+    return run
+
+
+STARTED = b'{"kind": "start", "step": 0, "total_steps": 4}\n'
+EVALUATED = b'{"kind": "eval", "step": 4, "loss": 1.0}\n'
+
+
+def test_a_cut_off_evaluation_is_that_of_what_was_trained(finished, start):
+    """Another learning rate in run.yaml is for another run; other stages are for this evaluation, and not what was trained on."""
+    done = finished(STARTED, eval=finished.source)
+    assert done.evaluate and (done.done, done.total) == (4, 4)
+    assert done.config.optim.lr == 1e-5 and (done.config.parallel.pipe, done.config.parallel.data) == (1, 2)
+    assert not [line for line in start.said if line.startswith("--resume: ")]
+    after = contents(start.out)
+    assert done.file == start.out / "resolved" / "evaluation.yaml" and after.pop(done.file)
+    assert config.resolved_yaml(config.load(done.file)) == config.resolved_yaml(done.config)
+    assert {name: after[name] for name in finished.before} == finished.before
+
+
+@pytest.mark.parametrize("lines, left", [
+    (EVALUATED, False), (EVALUATED.replace(b"4", b"3"), True), (EVALUATED + STARTED, True), (b"", True),
+    (STARTED + EVALUATED + STARTED.replace(b"0", b"4"), False),
+    (b"\x00\xff{\n[1]\n{}\n" + b"[" * 100000 + b"\n" + EVALUATED, False),
+    (b'{"kind": "eval"}\n{"step": 4}\n{"step": "4", "kind": "eval"}\n', True), (b'{"kind": "eval", "step": 4', True),
+])  # fmt: skip
+def test_whether_an_evaluation_is_left_is_read_from_metrics_whatever_is_in_it(finished, lines, left):
+    assert finished(lines, eval=finished.source).evaluate is left
+
+
+def test_a_run_that_was_not_to_be_evaluated_is_finished(finished):
+    assert not finished(STARTED).evaluate
+
+
+def test_what_is_to_be_evaluated_cannot_be_written(finished, start, monkeypatch):
+    record = start.out / "resolved" / "evaluation.yaml"
+    fails(monkeypatch, Path, "write_text", record, errno.ENOSPC)
+    with pytest.raises(UserError, match="^run.out: %s: cannot be written: No space left on device$" % record):
+        finished(STARTED, eval=finished.source)
 
 
 def test_a_finished_run_whose_record_cannot_be_written_says_so(start, tmp_path, monkeypatch):

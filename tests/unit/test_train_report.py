@@ -59,6 +59,17 @@ def test_a_start_voids_later_steps_and_later_lines_win(tmp_path):
     assert losses(again) == {1: 1.0, 2: 20.0}
 
 
+def test_a_start_that_only_evaluates_leaves_what_was_measured(tmp_path):
+    """Nothing is trained behind it that could take its place."""
+    steps = [step_line(n, step_s=2.0) for n in (1, 2)]
+    memory = {"kind": "memory", "step": 1, "mem_gib": [1.0], "planned_gib": [1.5]}
+    again = {"kind": "start", "step": 2, "total_steps": 2}
+    found = read(tmp_path, *steps, memory, again, {"kind": "eval", "step": 2, "loss": 7.0})
+    assert found.mean("step_s") == 2.0 and found.planned == [1.5] and list(found.series["eval"].values) == [7.0]
+    longer = read(tmp_path, *steps, memory, dict(again, total_steps=3))
+    assert longer.mean("step_s") is None and longer.planned == []
+
+
 def test_reading_goes_on_where_it_stopped_and_waits_for_whole_lines(tmp_path):
     path = tmp_path / "m"
     path.write_text(json.dumps(step_line(1)) + "\n" + '{"kind": "st')
