@@ -9,6 +9,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 from typing import Iterator, List, Optional, TextIO
@@ -35,10 +36,18 @@ VERBS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are one line, not a page of usage."""
+    """argparse whose mistakes are one line, not a page of usage; a document, too, where ``given`` has --json."""
+
+    given: List[str] = []
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(2, "%s: %s. See %s -h\n" % (self.prog, message, self.prog))
+        text = "%s. See %s -h" % (message, self.prog)
+        if "--json" in self.given:
+            print(json.dumps({"error": text}, ensure_ascii=False))
+        self.exit(2, "%s: %s\n" % (self.prog, text))
+
+
+HOME = re.compile(r"(--[a-z-]+=)~/")
 
 
 class Version(argparse.Action):
@@ -98,8 +107,12 @@ def _is_open(number: int) -> bool:
 
 def main(argv: Optional[List[str]] = None) -> int:
     args = argparse.Namespace(verb="", json=False)
+    # Shells expand --output ~/x, and leave --output=~/x alone.
+    Parser.given = [
+        HOME.sub(lambda start: start[1] + os.path.expanduser("~/"), word) for word in (sys.argv[1:] if argv is None else argv)
+    ]
     try:
-        args, unknown = parser().parse_known_args(argv)
+        args, unknown = parser().parse_known_args(Parser.given)
         if unknown:
             args.parser.error("unrecognized arguments: %s" % " ".join(unknown))
         with answer_stream() as args.answer:

@@ -7,6 +7,7 @@ from typing import Callable, Dict, Optional, Tuple
 from . import compat, deepspeed_keys, hostfile, native, sinks
 from .config_schema import RunConfig
 from .errors import UserError
+from .plan import cards
 
 Say = Callable[[str], None]  # takes a line for the user
 
@@ -38,6 +39,7 @@ def resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str, 
             % (where, run.parallel.pipe, run.parallel.data, run.world, share, gpus.number)
         )
     if not gpus.number:
+        _say_unused(found["torch"], say)
         compat.check_cpu(found["deepspeed"])
     if run.model.dtype == "auto":
         run.model.dtype = "fp32" if not gpus.number else "bf16" if gpus.bf16 else "fp16"
@@ -71,6 +73,15 @@ def resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str, 
         say("parallel.offload: has no effect on the CPU")
         run.parallel.offload = False
     return gpus.number
+
+
+def _say_unused(torch_version: Optional[str], say: Say) -> None:
+    """A card that torch cannot use is not passed over in silence, unless the CPU was asked for."""
+    unused = [] if os.environ.get("DS_ACCELERATOR") == "cpu" else cards.cards_here()
+    if unused:
+        say("WARNING: training on the CPU: nvidia-smi sees %d GPUs (driver %s), torch %s can use none. pip install a torch built "
+            "for CUDA, not a +cpu one (pipedock preflight says more); DS_ACCELERATOR=cpu says that the CPU is meant"
+            % (len(unused), unused[0].driver, torch_version))  # fmt: skip
 
 
 def check_fp8(torch_version: Optional[str], gpus: compat.Gpus, dtype: str, offload: bool) -> None:

@@ -6,6 +6,7 @@ proof.json              written by ``pipedock verify``: whether it holds, and si
 """
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
@@ -54,7 +55,7 @@ def objection(folder: Path, say: Say = lambda line: None) -> Optional[str]:
     """Why the folder must not be taken for the trained model, in one line; None when its proof holds for the files as they are, and
     for a folder that never was an export. Reads every file; ``say`` is told so first."""
     path = folder / NAME
-    again = "run pipedock verify --checkpoint RUN --export %s" % folder
+    again = "run pipedock verify --checkpoint RUN --export %s" % shlex.quote(str(folder))
     if not path.is_file():
         if is_export(folder):
             return "%s: is an export of pipedock without a proof; %s" % (folder, again)

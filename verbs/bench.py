@@ -102,6 +102,9 @@ def _train(args: argparse.Namespace) -> Dict[str, Any]:
     for name in ("seq_len", "micro", "micro_batches", "pipe", "data", "steps"):
         if getattr(args, name) < 1:
             raise UserError("--%s %d: must be at least 1" % (name.replace("_", "-"), getattr(args, name)))
+    for name in ("model", "blocks"):
+        if args.config is not None and getattr(args, name) is not None:
+            raise UserError("--%s: not with --config, which measures the model of that run; leave one of them out" % name)
     if args.documents < 0:
         raise UserError("--documents %d: must be 0 or more" % args.documents)
     try:

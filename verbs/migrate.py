@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     except FileExistsError:
         raise UserError("%s: exists already; name another file with --output" % target) from None
     except OSError as error:
-        raise UserError("%s: cannot be written: %s" % (target, error)) from None
+        raise UserError("%s: cannot be written: %s" % (target, error.strerror)) from None
     return {"output": str(target), "notes": notes, "not_carried_over": lost}
 
 

@@ -3,11 +3,21 @@
 from typing import Any, Dict, List, NamedTuple, Optional
 
 from . import cards
-from .fitting import bounds_on, gib_of
+from .fitting import bounds_on, fits_on, gib_of
 from .memory import Setup, Sizes
 from .speed import speed
+from .split import NoSplit, bounds, parts_of
 
 WORTH = 1.05  # what a plan says of two layouts' speeds may be wrong by some per cent
+
+
+def other_parts(sizes: Sizes, setup: Setup, gpu: str) -> List[str]:
+    """Whether as many stages, cut otherwise, would fit."""
+    try:
+        found = bounds(sizes.dims, setup.pipe, "auto", setup.seq_len, setup.again, fits_on(sizes, setup, gpu), setup.fp8_pays)
+    except NoSplit:
+        return []
+    return ["parts %s would fit" % parts_of(found)]
 
 
 class Layout(NamedTuple):

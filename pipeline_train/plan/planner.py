@@ -9,7 +9,7 @@ from . import cards, layouts
 from .fitting import bounds_on, fits_on, gib_of
 from .memory import GIB, Setup, Sizes, stage_bytes
 from .speed import speed
-from .split import NoSplit, bounds, parts_of
+from .split import parts_of
 
 Model = Union[Dims, Dict[str, Any], str]
 KEYS = {
@@ -178,7 +178,8 @@ def _notes(document: Dict[str, Any], sizes: Sizes, wished: Wish, gpu: str) -> Li
         if document["min_gpus"] is None:
             notes.append(too_big(sizes, wished, gpu))
         else:
-            notes += _other_parts(sizes, wished.setup(document["pipe"], gpu), gpu)
+            told = layouts.other_parts(sizes, wished.setup(document["pipe"], gpu), gpu)
+            notes += told or _with_less(document, sizes, wished, gpu)
     if document["bubble"] > 0.2:
         pipe = document["pipe"]
         notes.append("the stages wait %.0f %% of the time: with %d micro-batches a step it would be %.0f %%" % (
@@ -190,13 +191,19 @@ def _notes(document: Dict[str, Any], sizes: Sizes, wished: Wish, gpu: str) -> Li
     return notes
 
 
-def _other_parts(sizes: Sizes, setup: Setup, gpu: str) -> List[str]:
-    """Whether as many stages, cut otherwise, would fit."""
-    try:
-        found = bounds(sizes.dims, setup.pipe, "auto", setup.seq_len, setup.again, fits_on(sizes, setup, gpu), setup.fp8_pays)
-    except NoSplit:
-        return []
-    return ["parts %s would fit" % parts_of(found)]
+def _with_less(document: Dict[str, Any], sizes: Sizes, wished: Wish, gpu: str) -> List[str]:
+    """What would make as many GPUs hold it, one thing if that is enough, else two."""
+    one = [(option, other) for option, other in _changes(wished) if other.data == wished.data]
+    two = [
+        ("%s and %s" % (option, more), other)
+        for option, first in one
+        for more, other in _changes(first)
+        if other.data == wished.data
+    ]
+    for option, other in one + two:
+        if layouts.other_parts(sizes, other.setup(document["pipe"], gpu), gpu):
+            return ["with %s it would fit" % option]
+    return []
 
 
 def _dims(model: Model) -> Dims:
@@ -218,9 +225,9 @@ def _check(wished: Wish, gpu: str, gpus: Optional[int], dims: Dims, mfu: Optiona
         raise UserError("--gpus: %d is not a multiple of %d replicas (--data)" % (gpus, wished.data))
     if gpus is not None and gpus // wished.data > dims.layers:
         text = (
-            "--gpus: %d stages, but the model has only %d layers (embed + %d blocks + head). Use at most %d, or replicas (--data)."
+            "--gpus: %d stages, but the model has only %d layers (embed + %d blocks + head). Use at most %d, or replicas (--data)"
         )
-        raise UserError(text % (gpus // wished.data, dims.layers, dims.blocks, dims.layers * wished.data))
+        raise UserError(text % (gpus // wished.data, dims.layers, dims.blocks, dims.layers * wished.data) + ".")
     if wished.recompute == "selective" and cards.stack_of(gpu) == "pinned":
         raise UserError("%s: selective needs torch 2.4, and %s runs with the pinned stack's 1.13; use blocks" % (
             wished.named("recompute"), gpu))  # fmt: skip

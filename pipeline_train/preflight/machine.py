@@ -172,8 +172,10 @@ def check_memory(facts: Facts) -> List[Finding]:
 
 
 def check_files(facts: Facts) -> List[Finding]:
-    """Are the model and the data that run.yaml names here? ``facts["files"]``: {key: path} of those that are not."""
-    found = []
+    """Are the model and the data that run.yaml names here? ``facts["files"]``: {key: path} of those that are not;
+    ``facts["weights"]``: what is wrong with the model's."""
+    fix = "copy the model again, or set model.path; model.init: random needs no weights"
+    found = [Finding("files", FAILURE, "model.path: %s" % facts["weights"], fix)] if facts["weights"] else []
     for key, path in facts["files"].items():
         if key == "model.path" and HUB_NAME.match(path):
             found.append(Finding("files", NOTE, "%s: %s is no folder here; train asks the hub for it on every node" % (key, path)))

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 from .. import config, families, identity, manifest, network
 from ..config_schema import RunConfig
 from ..control import Channel
-from ..errors import RunFailed
+from ..errors import RunFailed, UserError
 from ..hostfile import Host
 from ..nodes import Request, counts
 from . import bandwidth, clocks, gpus, machine, wires
@@ -113,6 +113,7 @@ def measure(task: Task) -> Facts:
         ranks=task.ranks,
         need=None,
         files={},
+        weights="",
         world=run.world if run is not None else task.world,
     )
     if run is None:
@@ -123,6 +124,8 @@ def measure(task: Task) -> Facts:
         raw = families.read_config(str(model))
         dims = families.dims_of(raw)
         config.check_against_model(run, dims.layers, dims.max_positions)
+        if run.model.init == "pretrained" and not task.resumed and facts["versions"].get("torch"):
+            facts["weights"] = _wrong_weights(model)
         ranks = run.world if task.ranks is None else task.ranks
         facts["need"] = need(run, dims, raw, gpus.number(facts) > 0, task.first, ranks)
         facts["ranks"] = ranks
@@ -142,6 +145,17 @@ def folder_of(path: str) -> Optional[Path]:
     if manifest.is_layer_folder(folder) or (folder / "checkpoints").is_dir():
         return manifest.find_checkpoint(folder)
     return folder
+
+
+def _wrong_weights(model: Path) -> str:
+    """Why training cannot start from the folder's weights, "" where it can; their headers are read."""
+    from .. import weights  # torch
+
+    try:
+        weights.open_source(str(model)).check()
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _missing(task: Task) -> Dict[str, str]:

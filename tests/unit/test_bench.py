@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import pipedock
 from bench import shapes, train
 from bench.rows import Rows, drawn
 from bench.task import Case
@@ -230,3 +231,9 @@ def test_a_stream_that_breaks_off_is_said_once(monkeypatch, capfd):
     with pytest.raises(RunFailed, match="^bench serve: a stream broke off: bench serve: data: {}$"):
         bench_serve._streams(None, 3, 8, 0.05)
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--model", "llama-tiny"], ["--blocks", "2"]])
+def test_a_run_is_measured_with_its_own_model(option, capfd):
+    assert pipedock.main(["bench", "train", "--config", "run.yaml"] + option) == 2
+    assert "%s: not with --config, which measures the model of that run" % option[0] in capfd.readouterr().err

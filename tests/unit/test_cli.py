@@ -55,6 +55,21 @@ def test_wrong_words_are_one_line_and_exit_2(arguments, message):
     assert done.stdout == ""
 
 
+def test_with_json_a_wrong_word_is_a_document_too():
+    done = call("plan", "--model", "llama-7b", "--gpus", "x", "--json")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert json.loads(done.stdout) == {"error": "argument --gpus: invalid int value: 'x'. See pipedock plan -h"}
+
+
+def test_the_home_folder_behind_an_equals_sign(tmp_path):
+    """Which shells leave as it is; elsewhere it is part of what somebody says."""
+    home = dict(os.environ, HOME=str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert "'gpt2' is not supported" in call("plan", "--model=~/model", env=home).stderr
+    assert "~/model: no such folder" in call("plan", "--model", "~/model", env=home, cwd=str(tmp_path)).stderr
+
+
 def fake(monkeypatch, run):
     module = type(sys)("fake_verb")
     module.HELP, module.add, module.run, module.text = "h", lambda parser: None, run, lambda document: "human %(a)s" % document

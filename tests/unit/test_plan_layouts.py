@@ -67,6 +67,24 @@ def test_what_does_not_fit_may_if_shared_otherwise():
     assert said(plan(shapes.model_of("llama-65b"), gpu="a100-80g", gpus=8, data=8)) is None  # in no way
 
 
+def test_what_less_would_make_it_fit():
+    """One thing where that is enough, else two; nothing where nothing is."""
+
+    def notes(name, **wish):
+        found = plan(shapes.model_of(name), **wish)
+        assert not found["fits"]
+        return [note for note in found["notes"] if note.endswith(" it would fit")]
+
+    assert notes("llama-7b", gpu="l40s", gpus=2) == ["with --offload it would fit"]
+    assert notes("llama-7b", gpu="h100-80g", gpus=2, micro=8) == ["with --recompute blocks it would fit"]
+    assert notes("llama-7b", gpu="l40s", gpus=2, micro=4) == ["with --recompute blocks and --offload it would fit"]
+    assert notes("llama-7b", gpu="l40s", gpus=2, micro=4, from_file=True) == [
+        "with parallel.recompute: blocks and parallel.offload: true it would fit"
+    ]
+    assert plan(LLAMA_7B, gpu="l40s", gpus=2, micro=4, recompute="blocks", offload=True)["fits"]
+    assert notes("llama-7b", gpu="4090", gpus=2) == []
+
+
 def test_it_is_said_in_the_words_of_who_asked():
     wish = {"gpu": "a100-80g", "gpus": 8, "micro_batches": 32}
     own = [4, 4, 4, 5, 5, 4, 4, 4]

@@ -34,6 +34,7 @@ def facts(**changed: Any) -> Dict[str, Any]:
                                                               "nofile": [65536, 65536]},
         "memory": {"available": 100 * GIB, "limit": None}, "infiniband": False, "container": False,
         "disk": {"path": "runs/x", "size": 900 * GIB, "free": 800 * GIB, "wrong": ""}, "ranks": 2, "files": {},
+        "weights": "",
         "gpus": {"cards": [card(0), card(1)], "torch": 2, "error": "", "cpu": False, "no_cpu": ""},
         "need": {"gpu": [40 * GIB, 40 * GIB], "host": 0, "copy": 20 * GIB, "checkpoint": 80 * GIB, "checkpoints": 4}, "world": 2,
     }  # fmt: skip
@@ -158,6 +159,11 @@ def test_files_that_are_not_here() -> None:
     )
     only(machine.check_files(facts(files={"model.path": "/models/x"})), FAILURE, "model.path: /models/x is not here")
     only(machine.check_files(facts(files={"model.path": "org/name"})), NOTE, "asks the hub for it")
+
+
+def test_weights_that_training_could_not_start_from() -> None:
+    said = "/models/x: no weights here"
+    only(machine.check_files(facts(weights=said)), FAILURE, "model.path: " + said, "copy the model again, or set model.path")
 
 
 def test_no_gpu_is_said_plainly() -> None:

@@ -11,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from pipeline_train import config, preflight
 from pipeline_train.control import Channel
@@ -261,13 +263,20 @@ def test_ranks_end_when_another_node_is_gone(tmp_path: Path) -> None:
 
 def make_run(root: Path, data: str = "{}\n", weights: str = "w") -> config.RunConfig:
     """A run.yaml's files in ``root``, its data encoded."""
-    for path, text in {"train.jsonl": data, "out/data/train.json": '{"hash": "h"}', "model/model.safetensors": weights,
+    for path, text in {"train.jsonl": data, "out/data/train.json": '{"hash": "h"}',
                        "model/config.json": json.dumps({"model_type": "llama", "hidden_size": 8, "intermediate_size": 16,
                                                         "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64,
                                                         "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
                                                         "hidden_act": "silu"})}.items():  # fmt: skip
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text)
+    shapes = {"model.embed_tokens": (64, 8), "model.norm": (8,), "lm_head": (64, 8)}
+    for block in ("model.layers.0.", "model.layers.1."):
+        shapes.update({block + "self_attn.%s_proj" % name: (8, 8) for name in "qkvo"})
+        shapes.update({block + "mlp.gate_proj": (16, 8), block + "mlp.up_proj": (16, 8), block + "mlp.down_proj": (8, 16)})
+        shapes.update({block + "input_layernorm": (8,), block + "post_attention_layernorm": (8,)})
+    tensors = {name + ".weight": np.full(shape, sum(map(ord, weights)), np.float16) for name, shape in shapes.items()}
+    save_file(tensors, str(root / "model" / "model.safetensors"), {"format": "pt"})
     raw = {"run": {"out": str(root / "out")}, "model": {"path": str(root / "model")}, "data": {"train": str(root / "train.jsonl")},
            "parallel": {"pipe": 2}}  # fmt: skip
     return config.parse(raw)

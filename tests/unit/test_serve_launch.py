@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -111,7 +112,9 @@ def test_an_export_is_served_with_its_proof_only(folder, change, capfd):
     change(folder)
     with pytest.raises(UserError) as caught:
         check_proof(str(folder), lambda line: None)
-    assert text in str(caught.value) and "pipedock verify --checkpoint RUN --export %s" % folder in str(caught.value)
+    assert text in str(caught.value) and "pipedock verify --checkpoint RUN --export %s" % shlex.quote(str(folder)) in str(
+        caught.value
+    )
     assert str(caught.value).endswith("(--no-proof serves it all the same)")
     check_proof(str(folder), lambda line: None, required=False)
     warned = capfd.readouterr().err

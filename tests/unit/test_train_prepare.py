@@ -155,6 +155,22 @@ def test_what_a_gpu_cannot_do(start, monkeypatch):
     assert start(parallel={"data": 2}).gpus == 0
 
 
+def test_cards_that_torch_cannot_use_are_told(start, monkeypatch):
+    monkeypatch.setattr(
+        plan.cards, "cards_here", lambda: [plan.cards.Here("0", "u", None, "580.1"), plan.cards.Here("1", "v", None, "580.1")]
+    )
+    torch = compat.versions()["torch"]
+    start()
+    (told,) = [line for line in start.said if line.startswith("WARNING")]
+    assert told == (
+        "WARNING: training on the CPU: nvidia-smi sees 2 GPUs (driver 580.1), torch %s can use none. pip install a torch built for "
+        "CUDA, not a +cpu one (pipedock preflight says more); DS_ACCELERATOR=cpu says that the CPU is meant" % torch
+    )
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    start()
+    assert not [line for line in start.said if line.startswith("WARNING")]
+
+
 def test_a_stack_with_wrong_gradients_is_refused_first(start, monkeypatch):
     monkeypatch.setattr(compat, "versions", lambda: {"deepspeed": "0.17.0"})
     refused(start, "deepspeed 0.17.0 is refused", model={"path": "/nowhere"})
