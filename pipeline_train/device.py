@@ -39,7 +39,7 @@ def resolve_device(run: RunConfig, found: Dict[str, Optional[str]], where: str, 
             % (where, run.parallel.pipe, run.parallel.data, run.world, share, gpus.number)
         )
     if not gpus.number:
-        _say_unused(found["torch"], say)
+        _say_unused(found.get("torch"), say)
         compat.check_cpu(found["deepspeed"])
     if run.model.dtype == "auto":
         run.model.dtype = "fp32" if not gpus.number else "bf16" if gpus.bf16 else "fp16"

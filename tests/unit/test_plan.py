@@ -15,7 +15,7 @@ from bench import shapes
 from pipeline_train import families
 from pipeline_train.errors import UserError
 from pipeline_train.families import Dims
-from pipeline_train.plan import cards, memory, plan, planner
+from pipeline_train.plan import bounds, cards, memory, plan, planner
 from tests.real_configs import BLOOM_176B, BLOOM_560M, LLAMA_31, SMOLLM2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +86,7 @@ def test_auto_parts_move_layers_where_the_balance_does_not_fit():
     sizes = planner.Sizes(families.dims_of(BLOOM_7B))
     wish = planner.Wish(recompute="blocks", dtype="fp16")
     pipe = planner.least_stages(sizes, wish, "v100-32g")
-    balanced = planner.bounds(sizes.dims, pipe, "auto", 2048, True)
+    balanced = bounds(sizes.dims, pipe, "auto", 2048, True)
     fits = planner.fits_on(sizes, wish.setup(pipe, "v100-32g"), "v100-32g")
     assert not all(fits(stage, a, b) for stage, (a, b) in enumerate(zip(balanced, balanced[1:])))
     found = plan(BLOOM_7B, gpu="v100-32g", dtype="fp16", recompute="blocks")
