@@ -82,13 +82,13 @@ class Loop:
     def run(self, done: int) -> Dict[str, Any]:
         """-> the summary that ends the run (rank 0's; the same numbers on every rank), after a stop that was wished for too; its
         losses are None where ``done`` is all. Raises RunFailed on a loss or gradient that is no number, on every rank at once."""
-        began, window = time.perf_counter(), Window()
+        began = time.perf_counter()
         missing = self._evaluation_missing(done)
         self._write("start", step=done, total_steps=self.total)
         if missing and self.eval_feed is not None:
             self._evaluate(done, self.eval_feed)
             self.phases.end("evaluation")
-            window = Window()
+        window = Window()
         for step in range(done, self.total):
             self.pulse.tick("reading the step's rows")
             rows = self.feed.at(step)

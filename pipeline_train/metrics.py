@@ -21,7 +21,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from .errors import RunFailed
 
@@ -74,17 +74,22 @@ def read(path: Path) -> List[Dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
+def parsed(raw: bytes) -> Optional[Dict[str, Any]]:
+    """A line of the file; None where it is no JSON object: a crash or an editor has left it."""
+    try:
+        line = json.loads(raw.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) else None
+
+
 def evaluated(path: Path, step: int) -> bool:
-    """Whether a line of kind "eval" tells of this step, and no later start has made it void. What a crash or an editor has left in
-    between is passed over."""
+    """Whether a line of kind "eval" tells of this step, and no later start has made it void."""
     found = False
     with contextlib.suppress(OSError), open(str(path), "rb") as file:
         for raw in file:
-            try:
-                line = json.loads(raw.decode("utf-8", "replace"))
-            except (ValueError, RecursionError):
-                continue
-            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            line = parsed(raw)
+            if line is None or not isinstance(line.get("step"), int):
                 continue
             if line.get("kind") == "start" and line["step"] < step:
                 found = False

@@ -56,7 +56,7 @@ class Prepared(NamedTuple):
     @property
     def file(self) -> Path:
         """``config``, for the ranks."""
-        return self.out / "resolved" / (resolved.EVALUATION if self.evaluate else resolved.TRAINING)
+        return resolved.file(self.out, self.evaluate)
 
 
 def prepare(
@@ -148,11 +148,10 @@ def _shared(prepared: Prepared) -> Dict[str, Any]:
 def _follow(party: Party, out: Path, gpus: int) -> Prepared:
     """For another node in the same folder: what node 0 has prepared there."""
     told = party.share()
-    folder = out / "resolved"
-    file = folder / (resolved.EVALUATION if told["evaluate"] else resolved.TRAINING)
+    file = resolved.file(out, told["evaluate"])
     nodes.wait_for(file, told["run"], lambda path: str(manifest.file_entry(path)["sha256"]))
     run = config.load(file)
-    dims = families.dims_of(families.read_config(str(folder / "model")))
+    dims = families.dims_of(families.read_config(str(out / "resolved" / "model")))
     resume = None if told["resume"] is None else out / "checkpoints" / told["resume"]
     return Prepared(run, out, dims, gpus, told["total"], resume, told["done"], told["evaluate"])
 

@@ -10,7 +10,10 @@ from .config_schema import RunConfig
 from .data.encode import TextCodec
 from .errors import UserError
 
-TRAINING, EVALUATION = "run.yaml", "evaluation.yaml"  # what the ranks are started with
+
+def file(out: Path, evaluate: bool = False) -> Path:
+    """What the ranks are started with: the record of what is trained, or that run as it is to be evaluated."""
+    return out / "resolved" / ("evaluation.yaml" if evaluate else "run.yaml")
 
 
 def write(run: RunConfig, out: Path, source: Path, folder: Path, codec: TextCodec, documents: Dict[str, Any]) -> None:
@@ -20,7 +23,7 @@ def write(run: RunConfig, out: Path, source: Path, folder: Path, codec: TextCode
         (resolved / "model").mkdir(parents=True, exist_ok=True)
         (out / "logs").mkdir(exist_ok=True)
         shutil.copyfile(str(source), str(resolved / "original.yaml"))
-        (resolved / "run.yaml").write_text(config.resolved_yaml(run), encoding="utf-8")
+        file(out).write_text(config.resolved_yaml(run), encoding="utf-8")
         for name, document in documents.items():
             (resolved / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         shutil.copyfile(str(folder / "config.json"), str(resolved / "model" / "config.json"))
@@ -31,7 +34,7 @@ def write(run: RunConfig, out: Path, source: Path, folder: Path, codec: TextCode
 
 def stays(run: RunConfig, out: Path) -> bool:
     """Nothing is left to train: what was trained stays as it was written, but for its export. False: it is not there."""
-    path = out / "resolved" / "run.yaml"
+    path = file(out)
     try:
         trained = config.load(path)
     except UserError:
@@ -48,7 +51,7 @@ def stays(run: RunConfig, out: Path) -> bool:
 def evaluates(out: Path) -> bool:
     """Whether the run was to be evaluated when it was started last."""
     try:
-        return config.load(out / "resolved" / "run.yaml").data.eval is not None
+        return config.load(file(out)).data.eval is not None
     except UserError:
         return False
 
@@ -56,11 +59,11 @@ def evaluates(out: Path) -> bool:
 def for_evaluation(run: RunConfig, out: Path) -> RunConfig:
     """Nothing is left to train: what ``run`` says of how and where to evaluate, and what was trained for the rest. Written for the
     ranks, beside the record of what was trained. Raises UserError."""
-    made = config.load(out / "resolved" / "run.yaml")
+    made = config.load(file(out))
     made.parallel, made.batch, made.data, made.export = run.parallel, run.batch, run.data, run.export
     made.run.out, made.model.path = run.run.out, run.model.path
     try:
-        (out / "resolved" / EVALUATION).write_text(config.resolved_yaml(made), encoding="utf-8")
+        file(out, evaluate=True).write_text(config.resolved_yaml(made), encoding="utf-8")
     except OSError as error:
         raise _unwritable(out, error) from None
     return made

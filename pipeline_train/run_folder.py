@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import shutil
 from dataclasses import fields
@@ -13,7 +12,7 @@ from typing import IO, Any, Callable, Dict, List, Optional, Tuple
 import msgspec
 import yaml
 
-from . import families, manifest, manifest_values
+from . import families, manifest, manifest_values, metrics
 from .config_schema import RunConfig
 from .errors import UserError
 from .families import Dims
@@ -180,9 +179,9 @@ def _check_never_saved(out: Path) -> None:
     """Before a run starts again because no checkpoint is there: metrics.jsonl must not tell of one. Raises UserError."""
     path, saves = out / "metrics.jsonl", 0
     try:
-        with open(str(path), encoding="utf-8", errors="replace") as file:
+        with open(str(path), "rb") as file:
             for line in file:
-                saves += '"save"' in line and _kind(line) == "save"
+                saves += b'"save"' in line and (metrics.parsed(line) or {}).get("kind") == "save"
     except FileNotFoundError:
         return
     except OSError as error:
@@ -192,14 +191,6 @@ def _check_never_saved(out: Path) -> None:
             "%s: metrics.jsonl tells of %d saves, but checkpoints/ %s: is its disk mounted? To start again, give run.out another "
             "folder or delete metrics.jsonl" % (out, saves, "holds none" if (out / "checkpoints").exists() else "is not there")
         )
-
-
-def _kind(line: str) -> Any:
-    try:
-        document = json.loads(line)
-    except (ValueError, RecursionError):
-        return None  # cut off
-    return document.get("kind") if isinstance(document, dict) else None
 
 
 def same_model(checkpoint: Path, dims: Dims) -> None:

@@ -12,12 +12,16 @@ PARTS = ("weights", "grads", "optimizer", "activations", "buffers", "total")
 
 def bounds_on(sizes: Sizes, setup: Setup, parts: Union[str, Sequence[int]], gpu: Optional[str]) -> List[int]:
     """Stage bounds under the card's limit if that can be; else, or for no card, without one."""
-    if gpu is not None:
-        try:
-            return bounds(sizes.dims, setup.pipe, parts, setup.seq_len, setup.again, fits_on(sizes, setup, gpu), setup.fp8_pays)
-        except NoSplit:
-            pass
-    return bounds(sizes.dims, setup.pipe, parts, setup.seq_len, setup.again, fp8=setup.fp8_pays)
+    found = None if gpu is None else bounds_that_fit(sizes, setup, parts, gpu)
+    return found or bounds(sizes.dims, setup.pipe, parts, setup.seq_len, setup.again, fp8=setup.fp8_pays)
+
+
+def bounds_that_fit(sizes: Sizes, setup: Setup, parts: Union[str, Sequence[int]], gpu: str) -> Optional[List[int]]:
+    """Stage bounds under the card's limit, None where none are."""
+    try:
+        return bounds(sizes.dims, setup.pipe, parts, setup.seq_len, setup.again, fits_on(sizes, setup, gpu), setup.fp8_pays)
+    except NoSplit:
+        return None
 
 
 def fits_on(sizes: Sizes, setup: Setup, gpu: str) -> Fits:

@@ -3,21 +3,11 @@
 from typing import Any, Dict, List, NamedTuple, Optional
 
 from . import cards
-from .fitting import bounds_on, fits_on, gib_of
+from .fitting import bounds_that_fit
 from .memory import Setup, Sizes
 from .speed import speed
-from .split import NoSplit, bounds, parts_of
 
 WORTH = 1.05  # what a plan says of two layouts' speeds may be wrong by some per cent
-
-
-def other_parts(sizes: Sizes, setup: Setup, gpu: str) -> List[str]:
-    """Whether as many stages, cut otherwise, would fit."""
-    try:
-        found = bounds(sizes.dims, setup.pipe, "auto", setup.seq_len, setup.again, fits_on(sizes, setup, gpu), setup.fp8_pays)
-    except NoSplit:
-        return []
-    return ["parts %s would fit" % parts_of(found)]
 
 
 class Layout(NamedTuple):
@@ -39,8 +29,8 @@ def best_other(sizes: Sizes, setup: Setup, gpu: str, link: str, share: float) ->
         if gpus % data or batches % data or data == setup.data or pipe > dims.layers:
             continue
         other = setup._replace(pipe=pipe, data=data, micro_batches=batches // data)
-        cut = bounds_on(sizes, other, "auto", gpu)
-        if all(row["total"] <= cards.usable(gpu) for row in gib_of(sizes, other, cut)):
+        cut = bounds_that_fit(sizes, other, "auto", gpu)
+        if cut is not None:
             fast = speed(dims, sizes, other, cut, gpu, cards.link_named(link), share)
             found.append(Layout(pipe, data, batches // data, fast.tokens_per_s))
     return max(found, key=lambda layout: layout.tokens_per_s) if found else None

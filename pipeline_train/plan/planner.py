@@ -6,7 +6,7 @@ from .. import families
 from ..errors import UserError
 from ..families import Dims
 from . import cards, layouts
-from .fitting import bounds_on, fits_on, gib_of
+from .fitting import bounds_on, bounds_that_fit, fits_on, gib_of
 from .memory import GIB, Setup, Sizes, stage_bytes
 from .speed import speed
 from .split import parts_of
@@ -178,8 +178,8 @@ def _notes(document: Dict[str, Any], sizes: Sizes, wished: Wish, gpu: str) -> Li
         if document["min_gpus"] is None:
             notes.append(too_big(sizes, wished, gpu))
         else:
-            told = layouts.other_parts(sizes, wished.setup(document["pipe"], gpu), gpu)
-            notes += told or _with_less(document, sizes, wished, gpu)
+            cut = bounds_that_fit(sizes, wished.setup(document["pipe"], gpu), "auto", gpu)
+            notes += ["parts %s would fit" % parts_of(cut)] if cut else _with_less(document, sizes, wished, gpu)
     if document["bubble"] > 0.2:
         pipe = document["pipe"]
         notes.append("the stages wait %.0f %% of the time: with %d micro-batches a step it would be %.0f %%" % (
@@ -201,7 +201,7 @@ def _with_less(document: Dict[str, Any], sizes: Sizes, wished: Wish, gpu: str) -
         if other.data == wished.data
     ]
     for option, other in one + two:
-        if layouts.other_parts(sizes, other.setup(document["pipe"], gpu), gpu):
+        if bounds_that_fit(sizes, other.setup(document["pipe"], gpu), "auto", gpu):
             return ["with %s it would fit" % option]
     return []
 
@@ -225,9 +225,9 @@ def _check(wished: Wish, gpu: str, gpus: Optional[int], dims: Dims, mfu: Optiona
         raise UserError("--gpus: %d is not a multiple of %d replicas (--data)" % (gpus, wished.data))
     if gpus is not None and gpus // wished.data > dims.layers:
         text = (
-            "--gpus: %d stages, but the model has only %d layers (embed + %d blocks + head). Use at most %d, or replicas (--data)"
+            "--gpus: %d stages, but the model has only %d layers (embed + %d blocks + head). Use at most %d, or replicas (--data)."
         )
-        raise UserError(text % (gpus // wished.data, dims.layers, dims.blocks, dims.layers * wished.data) + ".")
+        raise UserError(text % (gpus // wished.data, dims.layers, dims.blocks, dims.layers * wished.data))
     if wished.recompute == "selective" and cards.stack_of(gpu) == "pinned":
         raise UserError("%s: selective needs torch 2.4, and %s runs with the pinned stack's 1.13; use blocks" % (
             wished.named("recompute"), gpu))  # fmt: skip

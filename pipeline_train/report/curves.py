@@ -1,12 +1,13 @@
 """The curves of a metrics.jsonl, read so that nothing in the file can stop the report. Standard library only."""
 
-import json
 import math
 from array import array
 from bisect import bisect_right
 from collections import deque
 from pathlib import Path
 from typing import Any, Deque, Dict, List, Optional, Sequence, Tuple
+
+from .. import metrics
 
 KEYS = (
     "loss", "grad_norm", "lr", "tokens", "learnt_tokens", "tokens_per_s", "learnt_tokens_per_s", "step_s", "mfu", "bubble",
@@ -73,11 +74,8 @@ class Curves:
         return self
 
     def _take(self, raw: bytes) -> None:
-        try:
-            line = json.loads(raw.decode("utf-8", "replace"))
-        except (ValueError, RecursionError):
-            line = None
-        step = line.get("step") if isinstance(line, dict) else None
+        line = metrics.parsed(raw) or {}
+        step = line.get("step")
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < MOST_STEPS:
             self.unreadable += 1
             return

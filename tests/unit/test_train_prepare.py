@@ -360,7 +360,7 @@ def test_metrics_that_cannot_be_read_are_one_line(start, monkeypatch):
     (start.out / "metrics.jsonl").write_text(SAVES)
 
     def unreadable(path, mode="r", **options):
-        if path.endswith("metrics.jsonl") and mode == "r":
+        if path.endswith("metrics.jsonl") and mode == "rb":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return open(path, mode, **options)
 
